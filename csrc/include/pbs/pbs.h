@@ -114,7 +114,7 @@ typedef enum pbs_isa {
     PBS_ISA_AVX2 = 2,
     PBS_ISA_AVX512 = 3,
     PBS_ISA_AVX512_BF16 = 4,
-    PBS_ISA_EMU_AVX2 = 5, /* the same kernels on an emulated vector unit: slow, for tests anywhere */
+    PBS_ISA_EMU_AVX2 = 5, /* the same kernels on an emulated vector unit: slow, for tests */
     PBS_ISA_EMU_AVX512 = 6,
     PBS_ISA_EMU_AVX512_BF16 = 7,
     PBS_ISA_COUNT
@@ -129,9 +129,9 @@ typedef struct pbs_exec {
     int32_t device; /* CUDA ordinal; 0 on CPU */
 } pbs_exec;
 
-PBS_API const char *pbs_isa_name(pbs_isa isa);        /* "avx2"; NULL if there is none */
-PBS_API pbs_isa pbs_isa_from_name(const char *name);  /* PBS_ISA_COUNT if unknown */
-PBS_API int pbs_isa_available(pbs_isa isa);           /* compiled in, and this CPU can run it */
+PBS_API const char *pbs_isa_name(pbs_isa isa);       /* "avx2"; NULL if there is none */
+PBS_API pbs_isa pbs_isa_from_name(const char *name); /* PBS_ISA_COUNT if unknown */
+PBS_API int pbs_isa_available(pbs_isa isa);          /* compiled in, and this CPU can run it */
 PBS_API pbs_isa pbs_isa_for(pbs_isa wanted, pbs_dtype dtype); /* what a call would run */
 
 /* ---- options --------------------------------------------------------------------------------- */
@@ -244,12 +244,12 @@ PBS_API pbs_status pbs_permute(const pbs_permute_params *params);
  * PBS_PERMUTE_NONE, whose scorer includes the own blocks in the softmax and in the rule). */
 typedef struct pbs_select_params {
     size_t struct_size;
-    pbs_view q;               /* [B, Hq, Nq, D] */
-    pbs_kv k;                 /* [B, Hk, Nk, D]; data NULL allowed for MEAN_POOL */
-    const float *k_pool;      /* [B, Hp, Tk, D]; NULL allowed for ANTIDIAGONAL */
-    const int32_t *k_perm;    /* [B, Hp, Nk] or NULL = natural order */
-    const int32_t *q_perm;    /* [B, Hq, Nq] or NULL */
-    const float *tau_heads;   /* [Hq] or NULL = tau for all */
+    pbs_view q;             /* [B, Hq, Nq, D] */
+    pbs_kv k;               /* [B, Hk, Nk, D]; data NULL allowed for MEAN_POOL */
+    const float *k_pool;    /* [B, Hp, Tk, D]; NULL allowed for ANTIDIAGONAL */
+    const int32_t *k_perm;  /* [B, Hp, Nk] or NULL = natural order */
+    const int32_t *q_perm;  /* [B, Hq, Nq] or NULL */
+    const float *tau_heads; /* [Hq] or NULL = tau for all */
     pbs_geometry geometry;
     float softmax_scale; /* 0 = D^-0.5 */
     int32_t block_size;
@@ -296,10 +296,10 @@ PBS_API pbs_status pbs_apply_rule(pbs_rule rule, float tau, const pbs_strip *str
  * original K/V). A row without a visible key gives 0 and lse = -inf. */
 typedef struct pbs_attend_params {
     size_t struct_size;
-    pbs_view q;            /* [B, Hq, Nq, D] */
-    pbs_kv k;              /* [B, Hk, Nk, D] */
-    pbs_kv v;              /* [B, Hk, Nk, D] */
-    const void *packed;    /* from pbs_permute, or NULL: natural order, packed in the workspace */
+    pbs_view q;         /* [B, Hq, Nq, D] */
+    pbs_kv k;           /* [B, Hk, Nk, D] */
+    pbs_kv v;           /* [B, Hk, Nk, D] */
+    const void *packed; /* from pbs_permute, or NULL: natural order, packed in the workspace */
     size_t packed_bytes;
     const uint32_t *bits;  /* [B, heads_sel, Tq, W]; NULL allowed for PBS_OWN_ALL */
     const int32_t *q_perm; /* [B, Hq, Nq] or NULL */
@@ -345,12 +345,12 @@ typedef struct pbs_prefill_params {
     pbs_reduce reduce;
     pbs_rule rule;
     float tau;
-    pbs_view out;    /* [B, Hq, Nq, D] out, dtype of q */
-    pbs_view lse;    /* [B, Hq, Nq, 1] out, fp32; data NULL = not wanted */
-    int32_t *count;  /* [B, Hq, Tq] out, or NULL */
-    uint32_t *bits;  /* [B, Hq, Tq, W] out, or NULL */
-    int32_t *k_perm; /* [B, Hp, Nk] out, or NULL */
-    int32_t *q_perm; /* [B, Hq, Nq] out, or NULL */
+    pbs_view out;         /* [B, Hq, Nq, D] out, dtype of q */
+    pbs_view lse;         /* [B, Hq, Nq, 1] out, fp32; data NULL = not wanted */
+    int32_t *count;       /* [B, Hq, Tq] out, or NULL */
+    uint32_t *bits;       /* [B, Hq, Tq, W] out, or NULL */
+    int32_t *k_perm;      /* [B, Hp, Nk] out, or NULL */
+    int32_t *q_perm;      /* [B, Hq, Nq] out, or NULL */
     size_t workspace_cap; /* bytes a wave may use; 0 = 256 MiB. One K/V head always fits */
     void *workspace;
     size_t workspace_bytes;

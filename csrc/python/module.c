@@ -1,0 +1,255 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * pbs_attn._C: what Python may ask of the C core besides the torch ops. CPython limited API, 3.10.
+ * The ops of the same library register themselves when it is loaded (csrc/torch/ops.cpp), so torch
+ * must have been imported before: pbs_attn/_load.py sees to that.
+ */
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "pbs/pbs.h"
+
+#ifndef PBS_BUILD_NO_CUDA
+#define PBS_BUILD_NO_CUDA "not recorded"
+#endif
+#ifndef PBS_BUILD_TORCH
+#define PBS_BUILD_TORCH "unknown"
+#endif
+
+static const char *const ISA_VARIABLE = "PBS_ATTN_ISA";
+
+/* Sets a Python error for a status that is not PBS_OK; returns -1 then, 0 otherwise. */
+static int raise_status(pbs_status status) {
+    if (status == PBS_OK) return 0;
+    PyObject *type = status == PBS_ERR_UNSUPPORTED ? PyExc_NotImplementedError : PyExc_ValueError;
+    PyErr_SetString(type, pbs_last_error());
+    return -1;
+}
+
+/* 0 is no dtype: it stands for "unknown, and the error is set". */
+static pbs_dtype dtype_from_name(const char *name) {
+    if (strcmp(name, "float32") == 0) return PBS_DTYPE_FP32;
+    if (strcmp(name, "float16") == 0) return PBS_DTYPE_FP16;
+    if (strcmp(name, "bfloat16") == 0) return PBS_DTYPE_BF16;
+    PyErr_Format(PyExc_ValueError, "dtype is '%s': float32, float16 or bfloat16 is allowed", name);
+    return (pbs_dtype)0;
+}
+
+/* Steals value, so that a call can make it on the spot; value NULL = an error is already set. */
+static int set_item(PyObject *dict, const char *key, PyObject *value) {
+    int failed = value == NULL || PyDict_SetItemString(dict, key, value) < 0;
+    Py_XDECREF(value);
+    return failed ? -1 : 0;
+}
+
+PyDoc_STRVAR(abi_version_doc, "abi_version() -> int\n\nPBS_ABI_VERSION of the C core.");
+
+static PyObject *abi_version(PyObject *self, PyObject *unused) {
+    (void)self, (void)unused;
+    return PyLong_FromLong(pbs_abi_version());
+}
+
+PyDoc_STRVAR(
+    build_info_doc,
+    "build_info() -> dict\n\nCompiler, flags and instruction sets of the C core, the torch "
+    "whose headers were used, and why there is no CUDA library (None if there is one).");
+
+static PyObject *build_info(PyObject *self, PyObject *unused) {
+    (void)self, (void)unused;
+    PyObject *json = PyImport_ImportModule("json");
+    if (!json) return NULL;
+    PyObject *info = PyObject_CallMethod(json, "loads", "s", pbs_build_info());
+    Py_DECREF(json);
+    if (!info) return NULL;
+    if (!PyDict_Check(info)) {
+        PyErr_SetString(PyExc_RuntimeError, "pbs_build_info() is not a JSON object");
+    } else if (set_item(info, "torch_headers", PyUnicode_FromString(PBS_BUILD_TORCH)) == 0 &&
+               set_item(info, "no_cuda", PyUnicode_FromString(PBS_BUILD_NO_CUDA)) == 0) {
+        return info;
+    }
+    Py_DECREF(info);
+    return NULL;
+}
+
+PyDoc_STRVAR(
+    cpu_capabilities_doc,
+    "cpu_capabilities() -> dict[str, bool]\n\nInstruction set -> compiled in, and this CPU "
+    "can run it.");
+
+static PyObject *cpu_capabilities(PyObject *self, PyObject *unused) {
+    (void)self, (void)unused;
+    PyObject *dict = PyDict_New();
+    if (!dict) return NULL;
+    for (int isa = PBS_ISA_AUTO + 1; isa < PBS_ISA_COUNT; isa++) {
+        const char *name = pbs_isa_name((pbs_isa)isa);
+        if (!name) continue;
+        if (set_item(dict, name, PyBool_FromLong(pbs_isa_available((pbs_isa)isa))) < 0) {
+            Py_DECREF(dict);
+            return NULL;
+        }
+    }
+    return dict;
+}
+
+PyDoc_STRVAR(
+    isa_doc,
+    "isa(dtype='bfloat16') -> str\n\nThe instruction set that a call with this dtype would "
+    "run now. NotImplementedError if PBS_ATTN_ISA forces one that this CPU lacks.");
+
+static PyObject *isa(PyObject *self, PyObject *args, PyObject *kwargs) {
+    (void)self;
+    static char *names[] = {"dtype", NULL};
+    const char *dtype_name = "bfloat16";
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|s:isa", names, &dtype_name)) return NULL;
+    pbs_dtype dtype = dtype_from_name(dtype_name);
+    if (!dtype) return NULL;
+    const char *name = pbs_isa_name(pbs_isa_for(PBS_ISA_AUTO, dtype));
+    if (name) return PyUnicode_FromString(name);
+    const char *forced = getenv(ISA_VARIABLE);
+    return PyErr_Format(PyExc_NotImplementedError, "%s is '%s', which this build on this CPU lacks",
+                        ISA_VARIABLE, forced ? forced : "");
+}
+
+PyDoc_STRVAR(forced_isa_doc,
+             "forced_isa() -> str | None\n\nThe environment variable PBS_ATTN_ISA, if set.");
+
+static PyObject *forced_isa(PyObject *self, PyObject *unused) {
+    (void)self, (void)unused;
+    const char *forced = getenv(ISA_VARIABLE);
+    if (forced && *forced) return PyUnicode_FromString(forced);
+    Py_INCREF(Py_None);
+    return Py_None;
+}
+
+PyDoc_STRVAR(last_error_doc,
+             "last_error() -> str\n\nDetail of the last error of this thread in the C core.");
+
+static PyObject *last_error(PyObject *self, PyObject *unused) {
+    (void)self, (void)unused;
+    return PyUnicode_FromString(pbs_last_error());
+}
+
+/* Contiguous [batch, heads, seqlen, head_dim]. The memory behind it is never read: a size query
+ * looks at shapes alone. */
+static pbs_view shape_only(pbs_dtype dtype, int batch, int heads, int seqlen, int head_dim) {
+    static char nothing[64];
+    pbs_view view = {.data = nothing, .dtype = dtype, .size = {batch, heads, seqlen, head_dim}};
+    view.stride[3] = 1;
+    view.stride[2] = head_dim;
+    view.stride[1] = view.stride[2] * seqlen;
+    view.stride[0] = view.stride[1] * heads;
+    return view;
+}
+
+PyDoc_STRVAR(prefill_workspace_size_doc,
+             "prefill_workspace_size(batch, num_heads, num_heads_k, seqlen_q, seqlen_k, head_dim, "
+             "dtype, num_threads, block_size, segment_size, gqa, mode, order, method, stride, "
+             "reduce=0, rule=0, isa=0, workspace_cap=0) -> int\n\n"
+             "Bytes that a prefill of these sizes needs; enums as in pbs.h.");
+
+static PyObject *prefill_workspace_size(PyObject *self, PyObject *args, PyObject *kwargs) {
+    (void)self;
+    static char *names[] = {"batch",    "num_heads", "num_heads_k", "seqlen_q",      "seqlen_k",
+                            "head_dim", "dtype",     "num_threads", "block_size",    "segment_size",
+                            "gqa",      "mode",      "order",       "method",        "stride",
+                            "reduce",   "rule",      "isa",         "workspace_cap", NULL};
+    int batch, heads, heads_k, seqlen_q, seqlen_k, head_dim, threads, block_size, segment_size;
+    int gqa, mode, order, method, stride, reduce = 0, rule = 0, isa_id = 0;
+    const char *dtype_name;
+    Py_ssize_t cap = 0;
+    if (!PyArg_ParseTupleAndKeywords(
+            args, kwargs, "iiiiiisiiiiiiii|iiin:prefill_workspace_size", names, &batch, &heads,
+            &heads_k, &seqlen_q, &seqlen_k, &head_dim, &dtype_name, &threads, &block_size,
+            &segment_size, &gqa, &mode, &order, &method, &stride, &reduce, &rule, &isa_id, &cap)) {
+        return NULL;
+    }
+    pbs_dtype dtype = dtype_from_name(dtype_name);
+    if (!dtype) return NULL;
+    if (cap < 0) {
+        return PyErr_Format(PyExc_ValueError, "workspace_cap is %zd: 0 or more is allowed", cap);
+    }
+    pbs_prefill_params p = PBS_INIT(pbs_prefill_params);
+    p.q = shape_only(dtype, batch, heads, seqlen_q, head_dim);
+    p.k.view = shape_only(dtype, batch, heads_k, seqlen_k, head_dim);
+    p.v.view = p.k.view;
+    p.out = p.q;
+    p.block_size = block_size;
+    p.segment_size = segment_size;
+    p.gqa = (pbs_gqa)gqa;
+    p.mode = (pbs_permute_mode)mode;
+    p.order = (pbs_order)order;
+    p.method = (pbs_select_method)method;
+    p.stride = stride;
+    p.reduce = (pbs_reduce)reduce;
+    p.rule = (pbs_rule)rule;
+    p.tau = 1.0f; /* allowed by every rule, and no size depends on it */
+    p.workspace_cap = (size_t)cap;
+    p.exec.num_threads = threads;
+    p.exec.isa = (pbs_isa)isa_id;
+    size_t bytes = 0;
+    if (raise_status(pbs_prefill_workspace_size(&p, &bytes)) < 0) return NULL;
+    return PyLong_FromSize_t(bytes);
+}
+
+PyDoc_STRVAR(kv_packed_bytes_doc,
+             "kv_packed_bytes(batch, num_heads, num_heads_k, seqlen_q, seqlen_k, head_dim, dtype, "
+             "block_size, segment_size, gqa, mode, isa=0) -> int\n\n"
+             "Bytes of the packed K/V that permute writes for these sizes; enums as in pbs.h.");
+
+static PyObject *kv_packed_bytes(PyObject *self, PyObject *args, PyObject *kwargs) {
+    (void)self;
+    static char *names[] = {"batch",    "num_heads", "num_heads_k", "seqlen_q",     "seqlen_k",
+                            "head_dim", "dtype",     "block_size",  "segment_size", "gqa",
+                            "mode",     "isa",       NULL};
+    int batch, heads, heads_k, seqlen_q, seqlen_k, head_dim, block_size, segment_size, gqa, mode;
+    int isa_id = 0;
+    const char *dtype_name;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "iiiiiisiiii|i:kv_packed_bytes", names, &batch,
+                                     &heads, &heads_k, &seqlen_q, &seqlen_k, &head_dim, &dtype_name,
+                                     &block_size, &segment_size, &gqa, &mode, &isa_id)) {
+        return NULL;
+    }
+    pbs_dtype dtype = dtype_from_name(dtype_name);
+    if (!dtype) return NULL;
+    pbs_permute_params p = PBS_INIT(pbs_permute_params);
+    p.q = shape_only(dtype, batch, heads, seqlen_q, head_dim);
+    p.k.view = shape_only(dtype, batch, heads_k, seqlen_k, head_dim);
+    p.v.view = p.k.view;
+    p.block_size = block_size;
+    p.segment_size = segment_size;
+    p.gqa = (pbs_gqa)gqa;
+    p.mode = (pbs_permute_mode)mode;
+    p.exec.isa = (pbs_isa)isa_id;
+    size_t bytes = 0;
+    if (raise_status(pbs_kv_packed_bytes(&p, &bytes)) < 0) return NULL;
+    return PyLong_FromSize_t(bytes);
+}
+
+/* Through void: CPython's own way to keep -Wcast-function-type quiet about keyword functions. */
+#define WITH_KEYWORDS(function) \
+    ((PyCFunction)(void (*)(void))(function)), METH_VARARGS | METH_KEYWORDS
+
+static PyMethodDef methods[] = {
+    {"abi_version", abi_version, METH_NOARGS, abi_version_doc},
+    {"build_info", build_info, METH_NOARGS, build_info_doc},
+    {"cpu_capabilities", cpu_capabilities, METH_NOARGS, cpu_capabilities_doc},
+    {"isa", WITH_KEYWORDS(isa), isa_doc},
+    {"forced_isa", forced_isa, METH_NOARGS, forced_isa_doc},
+    {"last_error", last_error, METH_NOARGS, last_error_doc},
+    {"kv_packed_bytes", WITH_KEYWORDS(kv_packed_bytes), kv_packed_bytes_doc},
+    {"prefill_workspace_size", WITH_KEYWORDS(prefill_workspace_size), prefill_workspace_size_doc},
+    {NULL, NULL, 0, NULL},
+};
+
+static struct PyModuleDef module = {
+    .m_base = PyModuleDef_HEAD_INIT,
+    .m_name = "pbs_attn._C",
+    .m_doc = "The C core of pbs_attn. Importing it after torch registers torch.ops.pbs_attn.*",
+    .m_size = 0,
+    .m_methods = methods,
+};
+
+PyMODINIT_FUNC PyInit__C(void) { return PyModuleDef_Init(&module); }
