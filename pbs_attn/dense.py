@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The dense route: exact attention for whatever the sparse kernels do not do.
+
+On CPUs the fastest exact kernel is our own `attend` with every block; torch's SDPA takes calls of a
+few rows and what our kernels lack. The mask handed to SDPA is always built from the geometry:
+SDPA's own `is_causal` is aligned to the top left and would be wrong for every cached prefix.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from . import ops
+from .geometry import selected_mask, sequences, visible_mask
+from .selection import bits_to_mask
+
+# Below this many query rows SDPA is faster than packing K and V for our kernel.
+MIN_ROWS = 16
+# Rows of q per SDPA call: bounds the mask and the scores at a slice of N x N.
+CHUNK = 1024
+BLOCK_SIZES = (64, 128, 256)
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MAX_HEAD_DIM = 256
+
+
+def kernel_lacks(q, v):
+    """Why `ops.attend` cannot take these tensors, as a routing reason, or None."""
+    if q.device.type != "cpu":
+        return "device"
+    if q.dtype not in KERNEL_DTYPES:
+        return "dtype"
+    if q.shape[3] % 8 or not 8 <= q.shape[3] <= MAX_HEAD_DIM:
+        return "head_dim"
+    if v.shape[3] != q.shape[3]:
+        return "head_dim_v"
+    return None
+
+
+def attention(q, k, v, geometry, softmax_scale=0.0, return_lse=False, backend="auto"):
+    """Exact causal attention on (B, H, N, D): (out over (B, N, H, D) memory, lse or None)."""
+    if q.shape[2] >= MIN_ROWS and backend != "ref" and kernel_lacks(q, v) is None:
+        out, lse = ops.attend(
+            q,
+            k,
+            v,
+            geometry=geometry,
+            softmax_scale=softmax_scale,
+            own="all",
+            return_lse=return_lse,
+        )
+        return out, lse if return_lse else None
+    return torch_attention(q, k, v, geometry, softmax_scale, return_lse)
+
+
+def selected(q, k, v, bits, num_k_blocks, geometry, softmax_scale, block_q, block_k, return_lse):
+    """Exact causal attention over a bitmask alone, [B, Hq or Hk, Tq, W]: (out, lse or None)."""
+    if kernel_lacks(q, v) is None and block_q in BLOCK_SIZES and block_k in BLOCK_SIZES:
+        out, lse = ops.attend(
+            q,
+            k,
+            v,
+            bits,
+            geometry=geometry,
+            softmax_scale=softmax_scale,
+            block_q=block_q,
+            block_k=block_k,
+            own="mask",
+            return_lse=return_lse,
+        )
+        return out, lse if return_lse else None
+    mask = bits_to_mask(bits, num_k_blocks)
+    mask = mask.repeat_interleave(q.shape[1] // mask.shape[1], 1)
+    return torch_attention(q, k, v, geometry, softmax_scale, return_lse, mask, block_q, block_k)
+
+
+def torch_attention(
+    q, k, v, geometry, softmax_scale=0.0, return_lse=False, block_mask=None, block_q=0, block_k=0
+):
+    """The same through torch alone; block_mask bool [B, H, Tq, Tk] further restricts what is read.
+
+    Rows outside the sequences and rows without a visible key: 0 and -inf. Values of keys outside
+    the sequences never reach a result, NaN included.
+    """
+    batch, num_heads, seqlen_q, head_dim = q.shape
+    seqlen_k, scale = k.shape[2], softmax_scale or head_dim**-0.5 if head_dim else 1.0
+    out = q.new_zeros(batch, seqlen_q, num_heads, v.shape[3])
+    lse = None
+    if return_lse:
+        lse = q.new_full((batch, num_heads, seqlen_q), -math.inf, dtype=_accumulate(q.dtype))
+    if out.numel() == 0 or seqlen_k == 0:
+        return out.transpose(1, 2), lse
+    seqs = sequences(geometry, batch, seqlen_q, seqlen_k, q.device)
+    if not geometry.whole:
+        k, v = (_without_padding(x, seqs, batch) for x in (k, v))
+    for begin in range(0, seqlen_q, CHUNK):
+        rows = torch.arange(begin, min(begin + CHUNK, seqlen_q), device=q.device)
+        if block_mask is None:
+            mask = visible_mask(seqs, batch, rows, seqlen_k)[:, None]
+        else:
+            mask = selected_mask(seqs, batch, rows, seqlen_k, block_mask, block_q, block_k)
+        q_rows = q[:, :, begin : begin + CHUNK]
+        part = F.scaled_dot_product_attention(
+            q_rows, k, v, attn_mask=mask, scale=scale, enable_gqa=num_heads != k.shape[1]
+        )
+        empty = ~mask.any(-1, keepdim=True)
+        out[:, begin : begin + CHUNK] = part.masked_fill(empty, 0.0).transpose(1, 2)
+        if return_lse:
+            scores = _scores(q_rows, k, scale).masked_fill(~mask, -math.inf)
+            lse[:, :, begin : begin + CHUNK] = scores.logsumexp(-1)
+    return out.transpose(1, 2), lse
+
+
+def _accumulate(dtype):
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _scores(q, k, scale):
+    wide = _accumulate(q.dtype)
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+    return scale * (q.to(wide) @ k.to(wide).transpose(2, 3))
+
+
+def _without_padding(x, seqs, batch):
+    """x with keys outside every sequence set to 0: a masked NaN would still poison a product."""
+    key = torch.arange(x.shape[2], device=x.device) - seqs.kv_start[:, None]
+    seen = (key >= 0) & (key < seqs.kv_len[:, None])
+    seen = seen if seen.shape[0] == batch else seen.any(0, keepdim=True)
+    return x.masked_fill(~seen[:, None, :, None], 0.0)

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Environment variables, read once at import, and what this build is.
+
+| variable | values | meaning |
+| --- | --- | --- |
+| PBS_ATTN_CONFIG | JSON text or path | the default `PBSConfig` |
+| PBS_ATTN_BACKEND | auto, cpu, ref | ref runs `reference.py` instead of the kernels |
+| PBS_ATTN_STRICT | 0, 1 | raise instead of taking the dense route for want of support |
+| PBS_ATTN_DISABLE | 0, 1 | always take the dense route |
+| PBS_ATTN_LOG | debug, info, warning, error | level of the logger `pbs_attn` |
+| PBS_ATTN_ISA | c, avx2, ... | read by the C core: which kernels run |
+"""
+
+import json
+import logging
+import os
+from dataclasses import dataclass
+
+import torch
+
+from .config import PBSConfig
+
+BACKENDS = ("auto", "cpu", "ref")
+_TRUE, _FALSE = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
+_LEVELS = ("debug", "info", "warning", "error")
+
+logger = logging.getLogger("pbs_attn")
+
+
+@dataclass(frozen=True)
+class Environment:
+    disable: bool = False
+    strict: bool = False
+    backend: str = "auto"
+    config: PBSConfig | None = None
+
+
+def _flag(name, values):
+    text = values.get(name, "").strip().lower()
+    if text in _TRUE:
+        return True
+    if text in _FALSE:
+        return False
+    raise ValueError(f"{name} is {values[name]!r}; allowed: 1 or 0")
+
+
+def read_environment(values=os.environ):
+    """The settings in `values`; an invalid one raises ValueError naming the variable."""
+    backend = values.get("PBS_ATTN_BACKEND", "").strip().lower() or "auto"
+    if backend not in BACKENDS:
+        raise ValueError(f"PBS_ATTN_BACKEND is {backend!r}; allowed: {', '.join(BACKENDS)}")
+    level = values.get("PBS_ATTN_LOG", "").strip().lower()
+    if level:
+        if level not in _LEVELS:
+            raise ValueError(f"PBS_ATTN_LOG is {level!r}; allowed: {', '.join(_LEVELS)}")
+        logger.setLevel(level.upper())
+        if not logger.handlers and not logging.getLogger().handlers:
+            logger.addHandler(logging.StreamHandler())
+    text = values.get("PBS_ATTN_CONFIG", "").strip()
+    try:
+        config = PBSConfig.from_json(text) if text else None
+    except (ValueError, TypeError, OSError) as error:
+        raise ValueError(f"PBS_ATTN_CONFIG: {error}") from error
+    return Environment(
+        disable=_flag("PBS_ATTN_DISABLE", values),
+        strict=_flag("PBS_ATTN_STRICT", values),
+        backend=backend,
+        config=config,
+    )
+
+
+current = read_environment()
+
+
+def default_config():
+    """The config of a call that names none: PBS_ATTN_CONFIG if set, else `PBSConfig()`."""
+    return current.config if current.config is not None else _DEFAULT
+
+
+_DEFAULT = PBSConfig()
+
+
+def build_info():
+    """What was built and what runs here, as one dictionary that JSON can hold.
+
+    `core` is what the C core says of itself (compiler, flags, instruction sets), `isa` what a
+    call would run per dtype now, `libraries` whether each library is loaded and, if not, why.
+    """
+    from . import __version__ as version
+    from . import _load
+
+    core = _load.C.build_info()
+    return {
+        "version": version,
+        "torch": torch.__version__,
+        "core": json.loads(core) if isinstance(core, str) else core,
+        "isa": {dtype: _load.C.isa(dtype) for dtype in ("float32", "float16", "bfloat16")},
+        "cpu": dict(_load.C.cpu_capabilities()),
+        "backend": current.backend,
+        "libraries": _load.libraries(),
+    }

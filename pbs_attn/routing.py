@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which calls run sparse. What the kernels do not do exactly goes to exact dense attention, is
+counted with its reason, said once, and raises in strict mode."""
+
+from typing import NamedTuple
+
+import torch
+
+from . import checks, env
+from .dense import BLOCK_SIZES, kernel_lacks
+
+# Every reason for the dense route, in the order in which they are looked for.
+REASONS = {
+    "disabled": "PBS_ATTN_DISABLE is set",
+    "non_causal": "the call is not causal",
+    "mask_4d": "a 4-D mask was given",
+    "sliding_window": "a sliding window cuts keys off",
+    "softcap": "logits are soft-capped",
+    "sinks": "attention sinks are learned",
+    "block_indices": "the model selects blocks itself",
+    "cu_seqlens": "sequences are packed by the caller",
+    "dropout": "dropout is on",
+    "grad": "an input requires grad and there is no backward",
+    "short_q": "fewer query rows than min_q",
+    "short_kv": "fewer keys than min_kv, or not more than one segment",
+    "device": "there are no sparse kernels for the device",
+    "dtype": "the dtype is not float32, bfloat16 or float16",
+    "head_dim": "head_dim is not a multiple of 8 up to 256",
+    "head_dim_v": "values have another head_dim than keys",
+    "block_size": "block_size is not 64, 128 or 256",
+    "segment_size": "segment_size is above 2048",
+    "stride": "stride does not divide block_size",
+}
+# Reasons that are no lack of support: strict mode does not raise for them.
+BY_DESIGN = ("disabled", "short_q", "short_kv")
+
+MAX_SEGMENT_SIZE = 2048
+
+
+class Lengths(NamedTuple):
+    min_q: int
+    min_kv: int
+
+
+# Below these lengths the sparse call is the dense call: speed, never correctness.
+MIN_LENGTHS = {"cpu": Lengths(128, 1024)}
+MIN_LENGTHS_ELSEWHERE = Lengths(128, 8192)
+
+_said = set()
+
+
+class Decision(NamedTuple):
+    route: str  # "pbs" or "dense"
+    reason: str | None = None  # why dense
+
+
+def min_lengths(config, device):
+    """The config's min_q and min_kv, or the measured defaults of the device."""
+    default = MIN_LENGTHS.get(device.type, MIN_LENGTHS_ELSEWHERE)
+    return Lengths(
+        default.min_q if config.min_q is None else config.min_q,
+        default.min_kv if config.min_kv is None else config.min_kv,
+    )
+
+
+def reason_for_dense(q, k, v, config, seqlen_q=None, seqlen_k=None):
+    """First reason why the sparse kernels should not take a causal (B, H, N, D) call, or None.
+
+    seqlen_q, seqlen_k: the longest sequence, if shorter than the tensors."""
+    if env.current.disable:
+        return "disabled"
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        return "grad"
+    seqlen_q, seqlen_k = seqlen_q or q.shape[2], seqlen_k or k.shape[2]
+    least = min_lengths(config, q.device)
+    if seqlen_q < least.min_q:
+        return "short_q"
+    if seqlen_k < least.min_kv:
+        return "short_kv"
+    if env.current.backend != "ref":
+        lack = kernel_lacks(q, v)
+        if lack is not None:
+            return lack
+        if config.block_size not in BLOCK_SIZES:
+            return "block_size"
+        if config.segment_size > MAX_SEGMENT_SIZE:
+            return "segment_size"
+    elif v.shape[3] != q.shape[3]:
+        return "head_dim_v"
+    return None
+
+
+def decide(q, k, v, config, seqlen_q=None, seqlen_k=None):
+    """The route of a causal (B, H, N, D) call."""
+    reason = reason_for_dense(q, k, v, config, seqlen_q, seqlen_k)
+    return Decision("pbs") if reason is None else Decision("dense", reason)
+
+
+def fall_back(reason, strict=False):
+    """Say once that calls go dense for `reason`; in strict mode raise, unless it is by design."""
+    if reason not in BY_DESIGN and (strict or env.current.strict):
+        raise NotImplementedError(
+            f"strict mode: no sparse kernel for this call, reason {reason}: {REASONS[reason]}"
+        )
+    if torch.compiler.is_compiling() or reason in _said:
+        return
+    _said.add(reason)
+    say = env.logger.debug if reason in BY_DESIGN else env.logger.warning
+    say("dense attention from here on for calls with reason %s: %s", reason, REASONS[reason])
+
+
+def supports(
+    q,
+    k,
+    v,
+    config=None,
+    *,
+    layout="bhnd",
+    is_causal=True,
+    attn_mask=None,
+    sliding_window=None,
+    softcap=None,
+    sinks=None,
+    block_indices=None,
+    dropout=0.0,
+):
+    """Why a call would take the dense route: a word of `routing.REASONS`, or None for sparse.
+
+    q, k, v as for `pbs_attention`; the keyword arguments describe what else the caller's attention
+    asks for. attn_mask: a 4-D mask goes dense, 2-D padding does not. Raises ValueError or TypeError
+    where `pbs_attention` would.
+
+    >>> import torch, pbs_attn
+    >>> q = torch.randn(1, 2, 4096, 64)
+    >>> pbs_attn.supports(q, q, q) is None
+    True
+    >>> pbs_attn.supports(q[:, :, :1], q, q)
+    'short_q'
+    """
+    config = env.default_config() if config is None else config
+    q, k, v = checks.to_bhnd(q, k, v, layout, packed=False)
+    if env.current.disable:
+        return "disabled"
+    asked = {
+        "non_causal": not is_causal,
+        "mask_4d": attn_mask is not None and attn_mask.ndim == 4,
+        "sliding_window": sliding_window is not None and k.shape[2] > sliding_window,
+        "softcap": softcap is not None,
+        "sinks": sinks is not None,
+        "block_indices": block_indices is not None,
+        "dropout": dropout > 0.0,
+    }
+    found = next((reason for reason, is_asked in asked.items() if is_asked), None)
+    return found or reason_for_dense(q, k, v, config)
