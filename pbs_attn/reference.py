@@ -254,7 +254,7 @@ def select(
         mass = antidiagonal(q, k, eligible, scale, stride, reduce, block_size, natural)
     eligible = eligible.expand_as(mass)
     tau = torch.as_tensor(tau, dtype=torch.float64).expand(heads)
-    chosen = torch.stack([choose(rule, *x) for x in zip(tau.tolist(), mass, eligible)])
+    chosen = torch.stack([choose(rule, *x) for x in zip(tau.tolist(), mass, eligible, strict=True)])
     bits = chosen & history
     if causal.size(1):
         place = torch.zeros(heads, dtype=torch.int64)  # of token 0
@@ -299,7 +299,7 @@ def antidiagonal(
         last = (torch.arange(1, rows + 1) * t).clamp(max=seqlen_q) - 1 + seqlen_k - seqlen_q
         visible = visible & (torch.arange(cols) * t <= last[:, None])
     masses = []
-    for q_head, k_head in zip(q_groups, k_groups):
+    for q_head, k_head in zip(q_groups, k_groups, strict=True):
         z = scale / t * torch.einsum("aid,bid->ab", q_head, k_head)
         p = _masked_softmax(z, visible)
         p = p.new_zeros(rows, eligible.size(1)).index_add_(1, col_block, p)
@@ -417,13 +417,13 @@ def sequences(q: Tensor, k: Tensor, q_start=None, q_len=None, kv_start=None, kv_
     """
     vectors = [x if x is None else x.tolist() for x in (q_start, q_len, kv_start, kv_len)]
     count = next((len(x) for x in vectors if x is not None), q.size(0))
+
+    def span(starts, sizes, b, seqlen):
+        start = starts[b] if starts is not None else 0
+        return slice(start, start + sizes[b] if sizes is not None else seqlen)
+
     for b in range(count):
-        starts = [vectors[i][b] if vectors[i] is not None else 0 for i in (0, 2)]
-        lengths = [
-            vectors[i][b] if vectors[i] is not None else x.size(2) - start
-            for i, x, start in zip((1, 3), (q, k), starts)
-        ]
-        rows, keys = (slice(s, s + n) for s, n in zip(starts, lengths))
+        rows, keys = span(*vectors[:2], b, q.size(2)), span(*vectors[2:], b, k.size(2))
         yield (b if q.size(0) > 1 else 0), rows, (b if k.size(0) > 1 else 0), keys
 
 
