@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One way to measure: rows interleaved round by round, a register peak before and after each sample.
+"""One way to measure: rows interleaved round by round, a register peak before and after each.
 
 A verb module gives `rows(work) -> list[Row]`; `main` does the rest: arguments, inputs, samples,
 table, JSON. A round runs every row once (A B C A B C ...), so a machine that changes speed while we

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import re
@@ -57,7 +56,8 @@ def banner(threads: int) -> dict:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torch_cpu": torch.backends.cpu.get_cpu_capability(),
-        "build": json.loads(info) if isinstance(info, str) else dict(info),
+        "build": info["core"],
+        "isa": info["isa"],
         "forced_isa": os.environ.get("PBS_ATTN_ISA", ""),
         "commit": _git("rev-parse", "--short=12", "HEAD"),
         "uncommitted": bool(changed),

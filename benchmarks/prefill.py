@@ -23,7 +23,9 @@ def memory(work) -> dict:
     """Peak of live bytes that one call allocates, its results left out, beside workspace_size."""
     return {
         "peak_extra_bytes": peak_extra_bytes(work.prefill),
-        "workspace_size": pbs_attn.workspace_size(work.q, work.k, work.config),
+        "workspace_size": pbs_attn.workspace_size(
+            work.q.shape, work.k.shape, work.q.dtype, work.config
+        ),
     }
 
 

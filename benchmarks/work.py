@@ -3,13 +3,10 @@
 
 from __future__ import annotations
 
-import torch
-
+import pbs_attn
 from benchmarks import inputs
-from pbs_attn import _C, PBSConfig, ops
+from pbs_attn import PBSConfig, ops
 from pbs_attn import geometry as geo
-
-DTYPE_NAME = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 
 
 class Work:
@@ -29,7 +26,7 @@ class Work:
         else:
             self.q, self.k, self.v = inputs.structured(shape)
         self.shape = shape
-        self.isa = _C.isa(DTYPE_NAME[shape.dtype])
+        self.isa = pbs_attn.build_info()["isa"][str(shape.dtype).removeprefix("torch.")]
         self.sizes = {
             "block_size": self.config.block_size,
             "segment_size": self.config.segment_size,
