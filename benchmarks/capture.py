@@ -11,50 +11,25 @@ import functools
 
 import torch
 
+from pbs_attn.cli import measure, models
+
 LAYER_SHARE = 1 / 3  # which layer: a third of the way up
-
-
-class _Done(Exception):
-    pass
 
 
 @functools.lru_cache(maxsize=1)
 def _load(name: str):
-    from pbs_attn.cli import models
-
     return models.load(name, dtype="float32")
 
 
-@functools.lru_cache(maxsize=2)
-def _forward(name: str, length: int):
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from transformers.masking_utils import sdpa_mask
-
-    from pbs_attn.cli import models
-
+@functools.lru_cache(maxsize=1)
+def _layer(name: str, length: int):
     model, tokenizer = _load(name)
-    wanted = int(model.config.num_hidden_layers * LAYER_SHARE)
-    taken = []
-
-    def attention(module, query, key, value, mask, **options):
-        if module.layer_idx == wanted:
-            taken.extend((query.clone(), key.clone(), value.clone()))
-            raise _Done
-        return sdpa_attention_forward(module, query, key, value, mask, **options)
-
-    AttentionInterface.register("pbs_benchmark_capture", attention)
-    AttentionMaskInterface.register("pbs_benchmark_capture", sdpa_mask)
-    model.set_attn_implementation("pbs_benchmark_capture")
     ids = models.token_ids(tokenizer, models.demo_text()[1], length)
-    try:
-        with torch.no_grad():
-            model(ids, use_cache=False)
-    except _Done:
-        return tuple(taken)
-    raise RuntimeError(f"{name}: layer {wanted} never called the attention interface")
+    layer = int(model.config.get_text_config().num_hidden_layers * LAYER_SHARE)
+    taken, _ = measure.capture(model, ids, {layer})
+    return taken[layer]
 
 
 def capture(name: str, length: int, dtype: torch.dtype):
     """q (1, Hq, N, D), k and v (1, Hk, N, D)."""
-    return tuple(t.to(dtype).contiguous() for t in _forward(name, length))
+    return tuple(t.to(dtype).clone().contiguous() for t in _layer(name, length))
