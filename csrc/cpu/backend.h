@@ -100,7 +100,7 @@ typedef struct pbs_cpu_kernels {
     void (*attend_block)(const pbs_attend_job *job);
 } pbs_cpu_kernels;
 
-/* One line per instruction set in isa_list.inc: PBS_CPU_ISA(enum, table symbol). */
+/* One line per instruction set in isa_list.inc: PBS_CPU_ISA(enum, table symbol, name). */
 const pbs_cpu_kernels *pbs_cpu_kernels_for(pbs_isa wanted, pbs_dtype dtype);
 
 #endif /* PBS_CPU_BACKEND_H */

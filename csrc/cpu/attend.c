@@ -1,0 +1,239 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * attend over batches, heads and query blocks, the longest lists first.
+ */
+#include "../core/bits.h"
+#include "cpu.h"
+#include "packed.h"
+#include "threads.h"
+
+static const float LOG2_E = 1.44269504088896340736f;
+
+typedef struct attend_run {
+    const pbs_attend_params *p;
+    const pbs_dims *d;
+    const pbs_cpu_kernels *k;
+    const pbs_packed *packed; /* the caller's, or own */
+    pbs_packed *own;          /* natural order only, in the workspace; NULL if packed is given */
+    uint32_t *all;            /* [W] ones: what OWN_ALL reads before the diagonal */
+    int64_t *order;           /* [B * Hq * Tq] items by descending number of blocks */
+    int64_t *start;           /* [Tk + 2] counting sort */
+    char *scratch;            /* [num_threads, scratch_bytes] */
+    size_t scratch_bytes;
+} attend_run;
+
+static size_t cut(attend_run *run, void *workspace) {
+    const pbs_dims *d = run->d;
+    pbs_packed header;
+    pbs_arena arena = pbs_arena_at(workspace);
+    size_t scratch = run->k->attend_scratch(d->head_dim, d->block_q);
+    run->scratch_bytes = (scratch + PBS_ALIGN - 1) / PBS_ALIGN * PBS_ALIGN;
+    run->scratch =
+        (char *)pbs_arena_take(&arena, run->p->exec.num_threads, 1, run->scratch_bytes);
+    run->order = (int64_t *)pbs_arena_take(&arena, (int64_t)d->batch * d->heads_q, d->blocks_q,
+                                           sizeof(int64_t));
+    run->start =
+        (int64_t *)pbs_arena_take(&arena, (int64_t)d->blocks_k + 2, 1, sizeof(int64_t));
+    run->all = (uint32_t *)pbs_arena_take(&arena, d->words, 1, sizeof(uint32_t));
+    run->packed = (const pbs_packed *)run->p->packed;
+    if (!run->p->packed) {
+        run->own = (pbs_packed *)pbs_arena_take(&arena, 1, 1,
+                                                pbs_packed_layout(d, 0, run->k, &header));
+        run->packed = run->own;
+    }
+    return pbs_arena_bytes(&arena);
+}
+
+size_t pbs_cpu_attend_bytes(const pbs_attend_params *p, const pbs_dims *d,
+                            const pbs_cpu_kernels *k) {
+    attend_run run = {.p = p, .d = d, .k = k};
+    return cut(&run, NULL);
+}
+
+pbs_status pbs_cpu_check_packed(const pbs_attend_params *p, const pbs_dims *d,
+                                const pbs_cpu_kernels *k) {
+    const pbs_packed *header = (const pbs_packed *)p->packed;
+    if (!header) return PBS_OK;
+    if ((uintptr_t)p->packed % PBS_ALIGN)
+        return pbs_fail(PBS_ERR_VALUE, "packed: %p; 64-byte alignment is needed", p->packed);
+    if (p->packed_bytes < sizeof *header || header->magic != PBS_PACKED_MAGIC)
+        return pbs_fail(PBS_ERR_WORKSPACE, "packed: not a buffer that pbs_permute has written");
+    if (header->call != pbs_packed_call(d, k))
+        return pbs_fail(PBS_ERR_WORKSPACE,
+                        "packed: made by a call with other shapes, geometry, dtype, gqa or ISA");
+    pbs_packed layout;
+    pbs_dims packed_dims = *d;
+    packed_dims.segment_size = header->segment_size;
+    size_t bytes = pbs_packed_layout(&packed_dims, header->segment_panels > 0, k, &layout);
+    if (p->packed_bytes < bytes)
+        return pbs_fail(PBS_ERR_WORKSPACE, "packed_bytes: %zu; %zu are needed", p->packed_bytes,
+                        bytes);
+    if (!header->any_permuted) return PBS_OK;
+    if (p->own == PBS_OWN_BLOCK)
+        return pbs_fail(PBS_ERR_VALUE,
+                        "own: BLOCK (1), but packed holds permuted keys; SEGMENT or NONE is needed");
+    if (header->own_only && (p->own == PBS_OWN_MASK || p->own == PBS_OWN_ALL))
+        return pbs_fail(PBS_ERR_VALUE,
+                        "own: %d, but packed holds the history in permuted order only",
+                        (int)p->own);
+    int segments = p->own == PBS_OWN_SEGMENT || p->own == PBS_OWN_NONE;
+    if (segments && header->segment_size != d->segment_size)
+        return pbs_fail(PBS_ERR_VALUE, "segment_size: %d; packed was made with %d",
+                        d->segment_size, header->segment_size);
+    return PBS_OK;
+}
+
+/* The key ranges of one query block. */
+typedef struct span {
+    int32_t hist_end; /* key blocks [0, hist_end) are read whole where the bit is set */
+    int32_t own_begin, own_end;
+} span;
+
+static int32_t row_segment_of(const attend_run *run) {
+    return run->p->q_perm ? run->d->segment_size : 0;
+}
+
+static span span_of(const attend_run *run, pbs_seq s, int32_t m) {
+    const pbs_dims *d = run->d;
+    pbs_own own = run->p->own;
+    int32_t row_segment = row_segment_of(run);
+    span sp;
+    sp.own_end = pbs_own_end(s, m, d->block_q, row_segment);
+    if (own == PBS_OWN_MASK || own == PBS_OWN_ALL) {
+        /* Blocks that every row sees need no mask; bits (or ones) decide about all others too. */
+        int32_t row = m * d->block_q;
+        if (row_segment) row = row / row_segment * row_segment;
+        sp.own_begin = pbs_floor_to(s.q_offset + row + 1, d->block_k);
+    } else {
+        sp.own_begin =
+            pbs_own_start(s, m, d->block_q, d->block_k, d->segment_size, row_segment, own);
+    }
+    sp.hist_end = sp.own_begin / d->block_k;
+    if (own == PBS_OWN_NONE) sp.own_end = sp.own_begin;
+    return sp;
+}
+
+static const uint32_t *bits_of(const attend_run *run, int32_t b, int32_t hq, int32_t m) {
+    const pbs_dims *d = run->d;
+    if (run->p->own == PBS_OWN_ALL) return run->all;
+    int32_t sel = run->p->heads_sel == d->heads_q ? hq : hq / d->group;
+    int64_t row = ((int64_t)b * run->p->heads_sel + sel) * d->blocks_q + m;
+    return run->p->bits + row * d->words;
+}
+
+static pbs_rows query_rows(const attend_run *run, pbs_seq s, int32_t b, int32_t hq, int32_t first) {
+    const pbs_dims *d = run->d;
+    pbs_rows rows = pbs_head_rows(&run->p->q, b, hq, s.q_start);
+    if (run->p->q_perm)
+        rows.index = run->p->q_perm + ((int64_t)b * d->heads_q + hq) * d->max_q + first;
+    return rows;
+}
+
+static char *output_at(const pbs_view *v, int32_t b, int32_t h, int64_t start) {
+    return (char *)(uintptr_t)pbs_head_rows(v, b, h, start).base;
+}
+
+/* Entry of run->order: query block m of head hq of sequence b. */
+static void attend_item(void *context, int64_t item, int32_t slot) {
+    const attend_run *run = (const attend_run *)context;
+    const pbs_attend_params *p = run->p;
+    const pbs_dims *d = run->d;
+    int64_t head = run->order[item] / d->blocks_q;
+    int32_t m = (int32_t)(run->order[item] % d->blocks_q), first = m * d->block_q;
+    int32_t b = (int32_t)(head / d->heads_q), hq = (int32_t)(head % d->heads_q);
+    int32_t hk = hq / d->group, hp = pbs_owner_head(d, hq);
+    pbs_seq s = pbs_dims_seq(d, b);
+    span sp = span_of(run, s, m);
+    const char *natural = pbs_natural_panels(run->packed, d, b, hk);
+    int permuted = p->own != PBS_OWN_MASK && p->own != PBS_OWN_ALL &&
+                   pbs_packed_heads(run->packed)[hp];
+    pbs_attend_job job = {
+        .q = query_rows(run, s, b, hq, first),
+        .row_begin = first,
+        .rows = pbs_min_i32(d->block_q, s.q_len - first),
+        .q_offset = s.q_offset,
+        .head_dim = d->head_dim,
+        .scale_log2 = p->softmax_scale * LOG2_E,
+        .block_k = d->block_k,
+        .bits = bits_of(run, b, hq, m),
+        .hist_end = sp.hist_end,
+        .hist_panels = permuted ? pbs_permuted_panels(run->packed, d, b, hp) : natural,
+        .own_bits = p->own == PBS_OWN_MASK ? bits_of(run, b, hq, m) : NULL,
+        .own_begin = sp.own_begin,
+        .own_end = sp.own_end,
+        .own_panels = natural,
+        .out = output_at(&p->out, b, hq, s.q_start),
+        .out_stride = p->out.stride[2],
+        .lse = p->lse.data ? (float *)(void *)output_at(&p->lse, b, hq, s.q_start) : NULL,
+        .lse_stride = p->lse.data ? p->lse.stride[2] : 0,
+        .scratch = run->scratch + (size_t)slot * run->scratch_bytes,
+    };
+    run->k->attend_block(&job);
+}
+
+static int32_t blocks_of(const attend_run *run, pbs_seq s, int32_t b, int32_t hq, int32_t m) {
+    span sp = span_of(run, s, m);
+    int32_t own = pbs_ceil_div(pbs_max_i32(sp.own_end - sp.own_begin, 0), run->d->block_k);
+    if (sp.hist_end == 0) return own;
+    return own + pbs_count_bits(bits_of(run, b, hq, m), sp.hist_end);
+}
+
+/* Counting sort by descending number of blocks; equal ones stay by (batch, head, block), so that
+ * threads share K/V. Returns the number of items: blocks without rows are left out. */
+static int64_t sort_items(const attend_run *run) {
+    const pbs_dims *d = run->d;
+    int32_t most = d->blocks_k;
+    int64_t items = 0;
+    for (int32_t i = 0; i < most + 2; i++) run->start[i] = 0;
+    for (int pass = 0; pass < 2; pass++) { /* 0 counts, 1 places */
+        int64_t item = 0;
+        for (int32_t b = 0; b < d->batch; b++) {
+            pbs_seq s = pbs_dims_seq(d, b);
+            for (int32_t hq = 0; hq < d->heads_q; hq++, item += d->blocks_q)
+                for (int32_t m = 0; m * d->block_q < s.q_len; m++) {
+                    int32_t at = most - blocks_of(run, s, b, hq, m);
+                    if (pass == 0)
+                        run->start[at + 1]++;
+                    else
+                        run->order[run->start[at]++] = item + m;
+                }
+        }
+        for (int32_t i = 0; pass == 0 && i <= most; i++) run->start[i + 1] += run->start[i];
+        if (pass == 0) items = run->start[most + 1];
+    }
+    return items;
+}
+
+/* Item [b, hk, panel]: K and V in original order, when no packed buffer was given. */
+static void pack_item(void *context, int64_t item, int32_t slot) {
+    const attend_run *run = (const attend_run *)context;
+    const pbs_dims *d = run->d;
+    int64_t head = item / run->packed->panels, panel = item % run->packed->panels;
+    int32_t b = (int32_t)(head / d->heads_k), hk = (int32_t)(head % d->heads_k);
+    int32_t keys = run->packed->panel_keys, first = (int32_t)panel * keys;
+    pbs_seq s = pbs_dims_seq(d, b);
+    (void)slot;
+    if (first >= s.kv_len) return;
+    pbs_pack_job job = {
+        .k = pbs_head_rows(&run->p->k.view, b, hk, s.kv_start + first),
+        .v = pbs_head_rows(&run->p->v.view, b, hk, s.kv_start + first),
+        .count = pbs_min_i32(keys, s.kv_len - first),
+        .keys = keys,
+        .head_dim = d->head_dim,
+        .panel = pbs_natural_panels(run->packed, d, b, hk) + panel * run->packed->panel_bytes,
+    };
+    run->k->pack(&job);
+}
+
+void pbs_cpu_attend(const pbs_attend_params *p, const pbs_dims *d, const pbs_cpu_kernels *k) {
+    attend_run run = {.p = p, .d = d, .k = k};
+    cut(&run, p->workspace);
+    for (int32_t w = 0; w < d->words; w++) run.all[w] = UINT32_MAX;
+    if (run.own) {
+        pbs_packed_layout(d, 0, k, run.own);
+        memset(pbs_packed_heads(run.own), 0, (size_t)d->heads_p * sizeof(int32_t));
+        int64_t panels = (int64_t)d->batch * d->heads_k * run.own->panels;
+        pbs_run(&p->exec, panels, pack_item, &run);
+    }
+    pbs_run(&p->exec, sort_items(&run), attend_item, &run);
+}

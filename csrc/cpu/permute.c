@@ -1,0 +1,235 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * permute over batches, heads and segments: order the keys of a segment, then pool and pack them in
+ * that order in the same sweep; original-order panels by key head; query rows last.
+ */
+#include "cpu.h"
+#include "packed.h"
+#include "permute_queries.h"
+#include "threads.h"
+
+typedef struct permute_run {
+    const pbs_permute_params *p;
+    const pbs_dims *d;
+    const pbs_cpu_kernels *k;
+    int32_t *k_perm; /* [B, Hp, Nk]: the caller's, or the workspace's */
+    pbs_packed *packed;
+    int32_t segments; /* per head, tail included */
+    char *scratch;    /* [num_threads, scratch_bytes] for permuted queries */
+    size_t scratch_bytes;
+} permute_run;
+
+static size_t cut(permute_run *run, void *workspace) {
+    const pbs_dims *d = run->d;
+    pbs_arena arena = pbs_arena_at(workspace);
+    /* Taken even if the caller wants k_perm: sizes may be asked for before outputs exist. */
+    run->k_perm =
+        (int32_t *)pbs_arena_take(&arena, (int64_t)d->batch * d->heads_p, d->max_k, sizeof(int32_t));
+    if (run->p->k_perm) run->k_perm = run->p->k_perm;
+    run->segments = pbs_ceil_div(d->max_k, d->segment_size);
+    if (pbs_permutes_queries(run->p->mode)) {
+        run->scratch_bytes = pbs_permute_queries_scratch(d);
+        run->scratch =
+            (char *)pbs_arena_take(&arena, run->p->exec.num_threads, 1, run->scratch_bytes);
+    }
+    return pbs_arena_bytes(&arena);
+}
+
+size_t pbs_cpu_permute_bytes(const pbs_permute_params *p, const pbs_dims *d,
+                             const pbs_cpu_kernels *k) {
+    permute_run run = {.p = p, .d = d, .k = k};
+    return cut(&run, NULL);
+}
+
+size_t pbs_cpu_packed_bytes(const pbs_dims *d, pbs_permute_mode mode, const pbs_cpu_kernels *k) {
+    pbs_packed header;
+    return pbs_packed_layout(d, pbs_permutes_keys(mode), k, &header);
+}
+
+static int head_on(const permute_run *run, int32_t hp) {
+    return !run->p->permute_heads || run->p->permute_heads[hp] != 0;
+}
+
+/* Descending floats as ascending integers: -0 is 0, NaN comes last. */
+static uint32_t descending_key(float x) {
+    if (x != x) return UINT32_MAX;
+    uint32_t bits = pbs_bits_of_float(x + 0.0f);
+    return bits & 0x80000000u ? bits : 0x7fffffffu - bits;
+}
+
+/* order[0..count) = first + positions by descending score, ties by position: a radix sort, which
+ * is stable, over the four bytes of the key. */
+static void order_segment(const float *score, int32_t first, int32_t count, int32_t *order) {
+    uint32_t key[PBS_MAX_SEGMENT_SIZE];
+    uint16_t at[2][PBS_MAX_SEGMENT_SIZE];
+    for (int32_t i = 0; i < count; i++) {
+        key[i] = descending_key(score[i]);
+        at[0][i] = (uint16_t)i;
+    }
+    for (int pass = 0; pass < 4; pass++) {
+        const uint16_t *from = at[pass % 2];
+        uint16_t *to = at[1 - pass % 2];
+        int32_t start[257] = {0};
+        for (int32_t i = 0; i < count; i++) start[(key[i] >> (8 * pass) & 255) + 1]++;
+        for (int digit = 0; digit < 256; digit++) start[digit + 1] += start[digit];
+        for (int32_t i = 0; i < count; i++) to[start[key[from[i]] >> (8 * pass) & 255]++] = from[i];
+    }
+    for (int32_t i = 0; i < count; i++) order[i] = first + at[0][i];
+}
+
+/* Keys [first, end) of k_perm; identity unless this is a complete segment that moves. */
+static void fill_order(const permute_run *run, int64_t head, pbs_seq s, int32_t first,
+                       int32_t end) {
+    const pbs_permute_params *p = run->p;
+    const pbs_dims *d = run->d;
+    int64_t at = head * d->max_k + first;
+    int32_t *k_perm = run->k_perm + at;
+    int moves = pbs_permutes_keys(p->mode) && head_on(run, (int32_t)(head % d->heads_p)) &&
+                s.kv_len > d->segment_size && first + d->segment_size <= s.kv_len;
+    if (moves && p->k_perm_in)
+        memcpy(k_perm, p->k_perm_in + at, (size_t)(end - first) * sizeof *k_perm);
+    else if (moves)
+        order_segment(p->score + at, first, end - first, k_perm);
+    else
+        for (int32_t i = first; i < end; i++) k_perm[i - first] = i;
+}
+
+static void pool_block(const permute_run *run, const pbs_rows *rows, int32_t count, float *mean) {
+    int32_t dim = run->d->head_dim;
+    for (int32_t i = 0; i < dim; i++) mean[i] = 0.0f;
+    if (count <= 0) return;
+    run->k->pool_add(rows, count, dim, mean);
+    for (int32_t i = 0; i < dim; i++) mean[i] *= 1.0f / (float)count;
+}
+
+static void pack_panels(const permute_run *run, const pbs_rows *k, const pbs_rows *v, int32_t first,
+                        int32_t end, char *panels) {
+    int32_t keys = run->packed->panel_keys;
+    for (int32_t at = first; at < end; at += keys) {
+        pbs_pack_job job = {
+            .k = pbs_rows_from(*k, at),
+            .v = pbs_rows_from(*v, at),
+            .count = pbs_min_i32(keys, end - at),
+            .keys = keys,
+            .head_dim = run->d->head_dim,
+            .panel = panels + at / keys * run->packed->panel_bytes,
+        };
+        run->k->pack(&job);
+    }
+}
+
+/* Item [b, hp, segment]: order, pools and permuted panels of one segment. */
+static void segment_item(void *context, int64_t item, int32_t slot) {
+    const permute_run *run = (const permute_run *)context;
+    const pbs_permute_params *p = run->p;
+    const pbs_dims *d = run->d;
+    int64_t head = item / run->segments;
+    int32_t first = (int32_t)(item % run->segments) * d->segment_size;
+    int32_t b = (int32_t)(head / d->heads_p), hp = (int32_t)(head % d->heads_p);
+    int32_t hk = pbs_key_head(d, hp), end = pbs_min_i32(first + d->segment_size, d->max_k);
+    pbs_seq s = pbs_dims_seq(d, b);
+    (void)slot;
+    fill_order(run, head, s, first, end);
+    pbs_rows k = pbs_head_rows(&p->k.view, b, hk, s.kv_start);
+    pbs_rows v = pbs_head_rows(&p->v.view, b, hk, s.kv_start);
+    k.index = v.index = run->k_perm + head * d->max_k;
+    for (int32_t at = first; at < end; at += d->block_k) {
+        int32_t count = pbs_min_i32(pbs_min_i32(at + d->block_k, end), s.kv_len) - at;
+        int64_t pool = (head * d->blocks_k + at / d->block_k) * d->head_dim;
+        pbs_rows k_rows = pbs_rows_from(k, at), v_rows = pbs_rows_from(v, at);
+        if (p->k_pool) pool_block(run, &k_rows, count, p->k_pool + pool);
+        if (p->v_pool) pool_block(run, &v_rows, count, p->v_pool + pool);
+    }
+    int complete = first + d->segment_size <= s.kv_len && s.kv_len > d->segment_size;
+    if (run->packed && complete && pbs_packed_heads(run->packed)[hp])
+        pack_panels(run, &k, &v, first, end, pbs_permuted_panels(run->packed, d, b, hp));
+}
+
+/* Item [b, hk, segment]: original-order panels, from where somebody reads them. */
+static void natural_item(void *context, int64_t item, int32_t slot) {
+    const permute_run *run = (const permute_run *)context;
+    const pbs_dims *d = run->d;
+    int64_t head = item / run->segments;
+    int32_t first = (int32_t)(item % run->segments) * d->segment_size;
+    int32_t b = (int32_t)(head / d->heads_k), hk = (int32_t)(head % d->heads_k);
+    pbs_seq s = pbs_dims_seq(d, b);
+    int32_t end = pbs_min_i32(first + d->segment_size, s.kv_len);
+    (void)slot;
+    if (run->packed->own_only && end <= pbs_floor_to(s.q_offset, d->segment_size)) return;
+    if (first >= end) return;
+    pbs_rows k = pbs_head_rows(&run->p->k.view, b, hk, s.kv_start);
+    pbs_rows v = pbs_head_rows(&run->p->v.view, b, hk, s.kv_start);
+    pack_panels(run, &k, &v, first, end, pbs_natural_panels(run->packed, d, b, hk));
+}
+
+static void start_packed(permute_run *run) {
+    const pbs_dims *d = run->d;
+    int permutes = pbs_permutes_keys(run->p->mode), all = permutes;
+    run->packed = (pbs_packed *)run->p->packed;
+    pbs_packed_layout(d, permutes, run->k, run->packed);
+    run->packed->call = pbs_packed_call(d, run->k);
+    for (int32_t hp = 0; hp < d->heads_p; hp++) {
+        int on = permutes && head_on(run, hp);
+        pbs_packed_heads(run->packed)[hp] = on;
+        run->packed->any_permuted |= on;
+        all &= on;
+    }
+    run->packed->own_only = all;
+}
+
+/* Item [b, hq, row segment]. */
+static void queries_item(void *context, int64_t item, int32_t slot) {
+    const permute_run *run = (const permute_run *)context;
+    const pbs_permute_params *p = run->p;
+    const pbs_dims *d = run->d;
+    int32_t row_segments = pbs_ceil_div(d->max_q, d->segment_size);
+    int64_t head = item / row_segments;
+    int32_t first = (int32_t)(item % row_segments) * d->segment_size;
+    int32_t b = (int32_t)(head / d->heads_q), hq = (int32_t)(head % d->heads_q);
+    int32_t hp = pbs_owner_head(d, hq);
+    pbs_seq s = pbs_dims_seq(d, b);
+    int32_t key = s.q_offset + first >= 0 ? pbs_floor_to(s.q_offset + first, d->segment_size) : -1;
+    int32_t *q_perm = p->q_perm + head * d->max_q;
+    if (!head_on(run, hp) || first + d->segment_size > s.q_len || key < 0 ||
+        key + d->segment_size > s.kv_len) {
+        int32_t end = pbs_min_i32(first + d->segment_size, d->max_q);
+        for (int32_t i = first; i < end; i++) q_perm[i] = i;
+        return;
+    }
+    pbs_query_segment job = {
+        .q = pbs_head_rows(&p->q, b, hq, s.q_start),
+        .k = pbs_head_rows(&p->k.view, b, hq / d->group, s.kv_start),
+        .first_row = first,
+        .first_key = key,
+        .q_perm = q_perm,
+        .scratch = run->scratch + (size_t)slot * run->scratch_bytes,
+    };
+    if (p->mode == PBS_PERMUTE_BOTH)
+        job.k.index = run->k_perm + ((int64_t)b * d->heads_p + hp) * d->max_k;
+    pbs_permute_query_segment(d, run->k, &job);
+}
+
+static void fill_pool_len(const permute_run *run) {
+    const pbs_dims *d = run->d;
+    for (int32_t b = 0; b < d->batch; b++) {
+        pbs_seq s = pbs_dims_seq(d, b);
+        for (int32_t n = 0; n < d->blocks_k; n++) {
+            int32_t count = pbs_min_i32(s.kv_len - n * d->block_k, d->block_k);
+            run->p->pool_len[(int64_t)b * d->blocks_k + n] = pbs_max_i32(count, 0);
+        }
+    }
+}
+
+void pbs_cpu_permute(const pbs_permute_params *p, const pbs_dims *d, const pbs_cpu_kernels *k) {
+    permute_run run = {.p = p, .d = d, .k = k};
+    cut(&run, p->workspace);
+    if (p->packed) start_packed(&run);
+    if (p->pool_len) fill_pool_len(&run);
+    pbs_run(&p->exec, (int64_t)d->batch * d->heads_p * run.segments, segment_item, &run);
+    if (p->packed)
+        pbs_run(&p->exec, (int64_t)d->batch * d->heads_k * run.segments, natural_item, &run);
+    if (pbs_permutes_queries(p->mode)) {
+        int64_t row_segments = pbs_ceil_div(d->max_q, d->segment_size);
+        pbs_run(&p->exec, (int64_t)d->batch * d->heads_q * row_segments, queries_item, &run);
+    }
+}

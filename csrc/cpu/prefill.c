@@ -1,0 +1,287 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * prefill = score, permute, select, attend on one wave of K/V heads after another. A wave is a
+ * rectangle of the call: all heads of some sequences, or some K/V heads of one. Each verb sees it as
+ * a smaller call on the same memory, so the result is what the four verbs give, bit for bit.
+ */
+#include "cpu.h"
+#include "packed.h"
+
+enum { DEFAULT_CAP = 256 << 20 };
+
+/* Sequences [batch, batch + batches) and K/V heads [head, head + heads). */
+typedef struct wave {
+    int32_t batch, batches;
+    int32_t head, heads;
+} wave;
+
+typedef struct prefill_run {
+    const pbs_prefill_params *p;
+    const pbs_dims *d;
+    const pbs_cpu_kernels *k;
+    pbs_dims dims; /* of the wave */
+    float *score;
+    int32_t *k_perm, *q_perm, *count;
+    float *k_pool;
+    uint32_t *bits;
+    void *packed;
+    size_t packed_bytes;
+    void *verbs; /* workspace of whichever verb runs */
+    size_t verbs_bytes;
+} prefill_run;
+
+static pbs_view part_of(const pbs_view *v, const wave *w, int32_t first_head, int32_t heads) {
+    pbs_view part = *v;
+    part.size[0] = w->batches;
+    part.size[1] = heads;
+    part.data = (void *)(uintptr_t)pbs_head_rows(v, w->batch, first_head, 0).base;
+    return part;
+}
+
+static const int32_t *from(const int32_t *array, int64_t first) {
+    return array ? array + first : NULL;
+}
+
+static pbs_geometry geometry_of(const pbs_dims *d, const wave *w) {
+    pbs_geometry g = d->geometry;
+    g.q_start = from(g.q_start, w->batch);
+    g.q_len = from(g.q_len, w->batch);
+    g.kv_start = from(g.kv_start, w->batch);
+    g.kv_len = from(g.kv_len, w->batch);
+    return g;
+}
+
+/* Nothing depends on the permutation's heads in natural order: pool once per K/V head. */
+static int is_natural(pbs_permute_mode mode) {
+    return mode == PBS_PERMUTE_NONE || mode == PBS_PERMUTE_IDENTITY;
+}
+
+static pbs_dims dims_of(const prefill_run *run, const wave *w) {
+    pbs_dims d = *run->d;
+    int per_head = d.heads_p == d.heads_q && !is_natural(run->p->mode);
+    d.geometry = geometry_of(run->d, w);
+    d.batch = w->batches;
+    d.heads_k = w->heads;
+    d.heads_q = w->heads * d.group;
+    d.heads_p = per_head ? d.heads_q : d.heads_k;
+    return d;
+}
+
+static int needs_score(const pbs_prefill_params *p) {
+    return pbs_permutes_keys(p->mode) && !p->k_perm_in;
+}
+
+static pbs_score_params score_params(const prefill_run *run, const wave *w) {
+    const pbs_prefill_params *p = run->p;
+    pbs_score_params v = PBS_INIT(pbs_score_params);
+    v.q = part_of(&p->q, w, w->head * run->d->group, run->dims.heads_q);
+    v.k.view = part_of(&p->k.view, w, w->head, run->dims.heads_k);
+    v.geometry = run->dims.geometry;
+    v.softmax_scale = p->softmax_scale;
+    v.block_size = p->block_size;
+    v.segment_size = p->segment_size;
+    v.gqa = p->gqa;
+    v.order = p->order;
+    v.seed = p->seed;
+    v.score = run->score;
+    v.exec = p->exec;
+    v.workspace = run->verbs;
+    return v;
+}
+
+static pbs_permute_params permute_params(const prefill_run *run, const wave *w) {
+    const pbs_prefill_params *p = run->p;
+    int32_t first_p = w->head * (run->d->heads_p == run->d->heads_q ? run->d->group : 1);
+    int64_t perm = (int64_t)w->batch * run->d->heads_p + first_p;
+    pbs_permute_params v = PBS_INIT(pbs_permute_params);
+    v.q = part_of(&p->q, w, w->head * run->d->group, run->dims.heads_q);
+    v.k.view = part_of(&p->k.view, w, w->head, run->dims.heads_k);
+    v.v.view = part_of(&p->v.view, w, w->head, run->dims.heads_k);
+    v.score = run->score;
+    v.k_perm_in = from(p->k_perm_in, perm * run->d->max_k);
+    v.permute_heads = is_natural(p->mode) ? NULL : from(p->permute_heads, first_p);
+    v.geometry = run->dims.geometry;
+    v.block_size = p->block_size;
+    v.segment_size = p->segment_size;
+    v.gqa = p->gqa;
+    v.mode = p->mode;
+    v.k_perm = run->k_perm;
+    v.q_perm = pbs_permutes_queries(p->mode) ? run->q_perm : NULL;
+    v.k_pool = run->k_pool;
+    v.packed = run->packed;
+    v.packed_bytes = run->packed_bytes;
+    v.exec = p->exec;
+    v.workspace = run->verbs;
+    return v;
+}
+
+static pbs_select_params select_params(const prefill_run *run, const wave *w) {
+    const pbs_prefill_params *p = run->p;
+    pbs_select_params v = PBS_INIT(pbs_select_params);
+    v.q = part_of(&p->q, w, w->head * run->d->group, run->dims.heads_q);
+    v.k.view = part_of(&p->k.view, w, w->head, run->dims.heads_k);
+    v.k_pool = run->k_pool;
+    v.k_perm = run->k_perm;
+    v.q_perm = pbs_permutes_queries(p->mode) ? run->q_perm : NULL;
+    v.tau_heads = p->tau_heads ? p->tau_heads + w->head * run->d->group : NULL;
+    v.geometry = run->dims.geometry;
+    v.softmax_scale = p->softmax_scale;
+    v.block_size = p->block_size;
+    v.segment_size = p->segment_size;
+    v.gqa = p->gqa;
+    v.mode = p->mode;
+    v.method = p->method;
+    v.stride = p->stride;
+    v.reduce = p->reduce;
+    v.rule = p->rule;
+    v.tau = p->tau;
+    v.bits = run->bits;
+    v.count = run->count;
+    v.exec = p->exec;
+    v.workspace = run->verbs;
+    return v;
+}
+
+static pbs_attend_params attend_params(const prefill_run *run, const wave *w) {
+    const pbs_prefill_params *p = run->p;
+    int32_t first_q = w->head * run->d->group;
+    pbs_attend_params v = PBS_INIT(pbs_attend_params);
+    v.q = part_of(&p->q, w, first_q, run->dims.heads_q);
+    v.k.view = part_of(&p->k.view, w, w->head, run->dims.heads_k);
+    v.v.view = part_of(&p->v.view, w, w->head, run->dims.heads_k);
+    v.packed = run->packed;
+    v.packed_bytes = run->packed_bytes;
+    v.bits = run->bits;
+    v.q_perm = pbs_permutes_queries(p->mode) ? run->q_perm : NULL;
+    v.geometry = run->dims.geometry;
+    v.softmax_scale = p->softmax_scale;
+    v.block_q = p->block_size;
+    v.block_k = p->block_size;
+    v.segment_size = p->segment_size;
+    v.heads_sel = run->dims.heads_q;
+    v.gqa = p->gqa;
+    v.own = pbs_own_of_mode(p->mode);
+    v.out = part_of(&p->out, w, first_q, run->dims.heads_q);
+    if (p->lse.data) v.lse = part_of(&p->lse, w, first_q, run->dims.heads_q);
+    v.exec = p->exec;
+    v.workspace = run->verbs;
+    return v;
+}
+
+static size_t larger(size_t a, size_t b) { return a > b ? a : b; }
+
+/* packed is set to a mark while sizing: attend must not count room to pack for itself. */
+static size_t verbs_bytes(prefill_run *run, const wave *w) {
+    pbs_score_params score = score_params(run, w);
+    pbs_permute_params permute = permute_params(run, w);
+    pbs_select_params select = select_params(run, w);
+    pbs_attend_params attend = attend_params(run, w);
+    attend.packed = run;
+    size_t bytes = pbs_cpu_permute_bytes(&permute, &run->dims, run->k);
+    if (needs_score(run->p)) bytes = larger(bytes, pbs_cpu_score_bytes(&score, &run->dims, run->k));
+    bytes = larger(bytes, pbs_cpu_select_bytes(&select, &run->dims, run->k));
+    return larger(bytes, pbs_cpu_attend_bytes(&attend, &run->dims, run->k));
+}
+
+static size_t cut(prefill_run *run, const wave *w, void *workspace) {
+    pbs_arena arena = pbs_arena_at(workspace);
+    run->dims = dims_of(run, w);
+    const pbs_dims *d = &run->dims;
+    int64_t p_heads = (int64_t)d->batch * d->heads_p, q_heads = (int64_t)d->batch * d->heads_q;
+    if (needs_score(run->p))
+        run->score = (float *)pbs_arena_take(&arena, p_heads, d->max_k, sizeof(float));
+    run->k_perm = (int32_t *)pbs_arena_take(&arena, p_heads, d->max_k, sizeof(int32_t));
+    if (pbs_permutes_queries(run->p->mode))
+        run->q_perm = (int32_t *)pbs_arena_take(&arena, q_heads, d->max_q, sizeof(int32_t));
+    run->k_pool =
+        (float *)pbs_arena_take(&arena, p_heads * d->blocks_k, d->head_dim, sizeof(float));
+    run->count = (int32_t *)pbs_arena_take(&arena, q_heads, d->blocks_q, sizeof(int32_t));
+    run->bits =
+        (uint32_t *)pbs_arena_take(&arena, q_heads * d->blocks_q, d->words, sizeof(uint32_t));
+    run->packed_bytes = pbs_cpu_packed_bytes(d, run->p->mode, run->k);
+    run->packed = pbs_arena_take(&arena, 1, 1, run->packed_bytes);
+    run->verbs_bytes = verbs_bytes(run, w);
+    run->verbs = pbs_arena_take(&arena, 1, 1, run->verbs_bytes);
+    return pbs_arena_bytes(&arena);
+}
+
+/* The largest wave under the cap; one K/V head of one sequence is always allowed. */
+static wave largest_wave(prefill_run *run, size_t *bytes) {
+    const pbs_dims *d = run->d;
+    size_t cap = run->p->workspace_cap ? run->p->workspace_cap : (size_t)DEFAULT_CAP;
+    wave best = {0, 1, 0, 1}, next = best;
+    *bytes = cut(run, &best, NULL);
+    while (best.heads < d->heads_k || best.batches < d->batch) {
+        next = best;
+        if (next.heads < d->heads_k)
+            next.heads++;
+        else
+            next.batches++;
+        size_t needed = cut(run, &next, NULL);
+        if (needed > cap) break;
+        best = next;
+        *bytes = needed;
+    }
+    return best;
+}
+
+static int nothing_to_do(const pbs_dims *d) { return d->batch == 0 || d->heads_k == 0; }
+
+size_t pbs_cpu_prefill_bytes(const pbs_prefill_params *p, const pbs_dims *d,
+                             const pbs_cpu_kernels *k) {
+    prefill_run run = {.p = p, .d = d, .k = k};
+    size_t bytes;
+    if (nothing_to_do(d)) return 0;
+    largest_wave(&run, &bytes);
+    return bytes;
+}
+
+/* Plan outputs that the caller wants are written in place: a wave is contiguous in them. */
+static void use_caller_outputs(prefill_run *run, const wave *w) {
+    const pbs_prefill_params *p = run->p;
+    const pbs_dims *d = run->d;
+    int64_t q_head = (int64_t)w->batch * d->heads_q + (int64_t)w->head * d->group;
+    int64_t p_head = (int64_t)w->batch * d->heads_p + (int64_t)w->head * (d->heads_p / d->heads_k);
+    if (p->count) run->count = p->count + q_head * d->blocks_q;
+    if (p->bits) run->bits = p->bits + q_head * d->blocks_q * d->words;
+    if (p->k_perm && !is_natural(p->mode)) run->k_perm = p->k_perm + p_head * d->max_k;
+    if (p->q_perm && pbs_permutes_queries(p->mode)) run->q_perm = p->q_perm + q_head * d->max_q;
+}
+
+static void run_wave(prefill_run *run, const wave *w) {
+    const pbs_dims *d = &run->dims;
+    if (needs_score(run->p)) {
+        pbs_score_params score = score_params(run, w);
+        int32_t first = w->head * (run->d->heads_p / run->d->heads_k);
+        pbs_cpu_score(&score, d, run->k, first);
+    }
+    pbs_permute_params permute = permute_params(run, w);
+    pbs_cpu_permute(&permute, d, run->k);
+    pbs_select_params select = select_params(run, w);
+    pbs_cpu_select(&select, d, run->k);
+    pbs_attend_params attend = attend_params(run, w);
+    pbs_cpu_attend(&attend, d, run->k);
+}
+
+static void fill_identity(int32_t *perm, int64_t heads, int32_t len) {
+    for (int64_t i = 0; perm && i < heads * len; i++) perm[i] = (int32_t)(i % len);
+}
+
+void pbs_cpu_prefill(const pbs_prefill_params *p, const pbs_dims *d, const pbs_cpu_kernels *k) {
+    prefill_run run = {.p = p, .d = d, .k = k};
+    size_t bytes;
+    if (nothing_to_do(d)) return;
+    if (is_natural(p->mode)) fill_identity(p->k_perm, (int64_t)d->batch * d->heads_p, d->max_k);
+    if (!pbs_permutes_queries(p->mode))
+        fill_identity(p->q_perm, (int64_t)d->batch * d->heads_q, d->max_q);
+    wave w = largest_wave(&run, &bytes), step = w;
+    for (w.batch = 0; w.batch < d->batch; w.batch += step.batches) {
+        w.batches = pbs_min_i32(step.batches, d->batch - w.batch);
+        for (w.head = 0; w.head < d->heads_k; w.head += step.heads) {
+            w.heads = pbs_min_i32(step.heads, d->heads_k - w.head);
+            cut(&run, &w, p->workspace);
+            use_caller_outputs(&run, &w);
+            run_wave(&run, &w);
+        }
+    }
+}
