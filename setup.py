@@ -28,6 +28,7 @@ from compiling import BuildError, Job, compile_all, compiler_id, run  # noqa: E4
 
 PYTHON_FLOOR = "0x030a0000"  # limited API of 3.10
 TORCH_FLOOR = "0x020a000000000000"  # stable ABI of 2.10
+EXPORTS = "build_tools/exports.map"
 OBJECTS = Path("build/objects")  # not build_temp: editable builds throw that away
 
 C_FLAGS = (
@@ -40,12 +41,13 @@ CXX_FLAGS = (
 )
 LINK_FLAGS = (
     "-shared -Wl,--no-as-needed -ltorch_cpu -Wl,--as-needed -Wl,--exclude-libs=ALL -Wl,-z,relro "
-    "-Wl,--version-script=build_tools/exports.map -s"
+    f"-Wl,--version-script={EXPORTS} -s"
 )
 AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl"
-# First match by file name wins. Emulated vector units (emu_*) are plain C.
+# First match by file name wins. Emulated vector units (emu_*) are plain C for tests: at -O3 they
+# take gcc a minute each.
 ISA_FLAGS = {
-    "emu_": "",
+    "emu_": "-O2",
     "avx512bf16": f"{AVX512} -mavx512bf16",
     "avx512": AVX512,
     "avx2": "-mavx2 -mfma -mf16c",
@@ -57,12 +59,12 @@ def isa_flags(name: str) -> str:
 
 
 def core_sources() -> list[str]:
-    """csrc/core and csrc/cpu; without the x86 kernels elsewhere (isa_list.inc knows as well)."""
+    """csrc/core and csrc/cpu, slow to compile first; other machines leave the x86 kernels out."""
     os.chdir(ROOT)
-    files = sorted([*Path("csrc/core").glob("*.c"), *Path("csrc/cpu").glob("*.c")])
+    files = [*Path("csrc/core").glob("*.c"), *Path("csrc/cpu").glob("*.c")]
     if platform.machine() not in ("x86_64", "AMD64"):
-        files = [f for f in files if not isa_flags(f.name)]
-    return [str(f) for f in files]
+        files = [f for f in files if "-m" not in isa_flags(f.name)]
+    return [str(f) for f in sorted(files, key=lambda f: ("isa_emu_" not in f.name, f))]
 
 
 def c_string(name: str, value: str) -> str:
@@ -73,8 +75,10 @@ def c_string(name: str, value: str) -> str:
 class BuildPBS(build_ext):
     def run(self):
         # An older build in another mode must not leave a library behind for the wheel to pack.
+        ours = {Path(self.get_ext_fullpath(ext.name)).name for ext in self.extensions}
         for old in (Path(self.build_lib) / "pbs_attn").glob("_C*.so"):
-            old.unlink()
+            if old.name not in ours:
+                old.unlink()
         super().run()
 
     def build_extension(self, ext):
@@ -92,9 +96,8 @@ class BuildPBS(build_ext):
         cc = os.environ.get("CC", "cc")
         cxx = os.environ.get("CXX", "c++")
         no_cuda = cuda.reason_for_cpu_only(ROOT)
-        print(
-            f"pbs_attn: {target.name} with {cc}, {cxx}, torch {torch_headers.version(torch_include)}"
-        )
+        torch_version = torch_headers.version(torch_include)
+        print(f"pbs_attn: {target.name} with {cc}, {cxx}, headers of torch {torch_version}")
         print(f"pbs_attn: no CUDA library: {no_cuda}", flush=True)
 
         jobs = self._jobs(ext, cc, cxx, torch_include, no_cuda)
@@ -128,17 +131,23 @@ class BuildPBS(build_ext):
     def _link(self, cc, cxx, objects, target):
         # An empty library of that name is enough: it only puts libtorch_cpu.so into DT_NEEDED, and
         # torch has the true one loaded by then. tools/check_symbols.py catches misspelt names.
-        stubs = OBJECTS / "stubs"
-        stubs.mkdir(parents=True, exist_ok=True)
-        soname = "libtorch_cpu.so"
-        stub = [*shlex.split(cc), "-shared", "-nostdlib", f"-Wl,-soname,{soname}"]
-        run([*stub, "-o", str(stubs / soname), "-x", "c", "/dev/null"], "making the link stub")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        ldflags = shlex.split(os.environ.get("LDFLAGS", ""))
+        stubs, soname = OBJECTS / "stubs", "libtorch_cpu.so"
         fresh = target.with_name(target.name + ".new")  # a running process keeps the old file
         link = [*shlex.split(cxx), "-o", str(fresh), *objects, f"-L{stubs}", *LINK_FLAGS.split()]
-        run([*link, *ldflags], f"linking {target.name}")
+        link += shlex.split(os.environ.get("LDFLAGS", ""))
+        record = OBJECTS / "link.cmd"
+        if target.is_file() and record.is_file() and record.read_text() == shlex.join(link):
+            built = target.stat().st_mtime_ns
+            if all(os.stat(p).st_mtime_ns < built for p in (*objects, EXPORTS)):
+                print(f"  {target.name} is up to date", flush=True)
+                return
+        stubs.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        stub = [*shlex.split(cc), "-shared", "-nostdlib", f"-Wl,-soname,{soname}"]
+        run([*stub, "-o", str(stubs / soname), "-x", "c", "/dev/null"], "making the link stub")
+        run(link, f"linking {target.name}")
         fresh.replace(target)
+        record.write_text(shlex.join(link))
         print(f"  linked {target.name}, {target.stat().st_size / 1024:.0f} KiB", flush=True)
 
 

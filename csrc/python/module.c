@@ -4,7 +4,6 @@
  * The ops of the same library register themselves when it is loaded (csrc/torch/ops.cpp), so torch
  * must have been imported before: pbs_attn/_load.py sees to that.
  */
-#define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
 #include <stdlib.h>

