@@ -207,7 +207,7 @@ def workspace_size(q_shape, k_shape, dtype, config=None, num_threads=None):
     """Bytes of scratch memory that a sparse `pbs_attention` takes while it runs.
 
     q_shape (B, Hq, Nq, D), k_shape (B, Hk, Nk, D); num_threads: default torch.get_num_threads().
-    Outputs are not counted. Raises ValueError for shapes that the kernels do not take.
+    Outputs are not counted. Raises NotImplementedError for what the kernels do not take.
 
     >>> import torch, pbs_attn
     >>> pbs_attn.workspace_size((1, 8, 8192, 64), (1, 2, 8192, 64), torch.bfloat16) > 0

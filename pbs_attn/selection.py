@@ -23,10 +23,10 @@ NAMES = {
         "c": 1,
         "avx2": 2,
         "avx512": 3,
-        "avx512_bf16": 4,
+        "avx512bf16": 4,
         "emu_avx2": 5,
         "emu_avx512": 6,
-        "emu_avx512_bf16": 7,
+        "emu_avx512bf16": 7,
     },
 }
 CONFIG_NAMES = ("permute", "order", "gqa", "select", "reduce", "rule")
