@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""select through the op: masses, the rule's choice, forced blocks, against the fp64 reference."""
+
+import cases
+import pytest
+import torch
+from harness import (
+    ISAS,
+    bits_of,
+    config_of,
+    cut_of,
+    four_verbs,
+    geometry_of,
+    sequences_of,
+    takes,
+)
+from numerics import assert_blocks, assert_close
+
+from pbs_attn import ops, reference
+
+
+def check(q, k, v, config, case=None, isa="auto", tau_heads=None):
+    run = four_verbs(q, k, v, config, geometry_of(case), tau_heads=tau_heads, isa=isa)
+    assert (run.count >= 0).all()
+    for seq in sequences_of(q, k, v, case):
+        what = f"select {config.select} {config.permute} {case and case.name} {isa}"
+        bits = bits_of(run.bits, seq, config)
+        assert torch.equal(run.count[seq.index, :, : bits.shape[1]], bits.sum(-1).int()), what
+        seqlen_q, seqlen_k = seq.q.shape[1], seq.k.shape[1]
+        if not bits.numel():
+            continue
+        options = dict(
+            k_perm=run.k_perm[seq.index, :, :seqlen_k],
+            q_perm=run.q_perm[seq.index, :, :seqlen_q] if run.q_perm is not None else None,
+            permute=config.permute,
+            method=config.select,
+            stride=config.stride,
+            reduce=config.reduce,
+            rule=config.rule,
+            tau=config.tau if tau_heads is None else tau_heads,
+            **cut_of(config),
+        )
+        exact = reference.select(seq.q.double(), seq.k.double(), **options)
+        low = reference.select(seq.q.float(), seq.k.float(), **options)
+        mass = run.mass[seq.index, :, : bits.shape[1], : bits.shape[2]]
+        # exp and log of a strip cost a few units in the last place on top
+        noise = 4e-7
+        assert_close(mass, exact.mass, low.mass, what=f"{what} mass", noise=noise)
+        assert_blocks(bits, exact, rule=config.rule, tau=options["tau"], what=what)
+    return run
+
+
+@pytest.mark.parametrize("method", cases.METHODS)
+@pytest.mark.parametrize("permute", cases.PERMUTES)
+@pytest.mark.parametrize("seqlen", cases.lengths())
+def test_lengths(method, permute, seqlen):
+    inputs = cases.make_inputs(21, (2, 1), seqlen)
+    check(*inputs, config_of(select=method, permute=permute))
+
+
+@pytest.mark.parametrize("method", cases.METHODS)
+@pytest.mark.parametrize("rule, tau", cases.RULES)
+@pytest.mark.parametrize("permute", ["none", "keys"])
+def test_rules(method, rule, tau, permute):
+    inputs = cases.make_inputs(22, (4, 2), 1100)
+    check(*inputs, config_of(select=method, rule=rule, tau=tau, permute=permute))
+
+
+@pytest.mark.parametrize("stride", [1, 4, 16, 128])
+@pytest.mark.parametrize("reduce", ["sum", "max"])
+@pytest.mark.parametrize("permute", ["none", "keys"])
+def test_antidiagonal_strides(stride, reduce, permute):
+    inputs = cases.make_inputs(23, (2, 1), 700)
+    check(*inputs, config_of(select="antidiagonal", stride=stride, reduce=reduce, permute=permute))
+
+
+@pytest.mark.parametrize("method", cases.METHODS)
+@pytest.mark.parametrize("case", cases.geometries(), ids=lambda case: case.name)
+def test_geometries_and_nan_padding(method, case):
+    inputs = cases.make_inputs(24, (4, 2), case=case, nan_padding=True)
+    for permute in ("keys", "none"):
+        check(*inputs, config_of(select=method, permute=permute), case)
+
+
+@pytest.mark.parametrize("heads", cases.HEAD_RATIOS)
+@pytest.mark.parametrize("gqa", ["per_head", "group"])
+def test_head_ratios(heads, gqa):
+    check(*cases.make_inputs(25, heads, 900), config_of(gqa=gqa))
+
+
+@pytest.mark.parametrize("block_size, segment_size", [(64, 64), (64, 192), (256, 512)])
+@pytest.mark.parametrize("method", cases.METHODS)
+def test_sizes(block_size, segment_size, method):
+    config = config_of(block_size=block_size, segment_size=segment_size, select=method)
+    check(*cases.make_inputs(26, (2, 1), 3 * segment_size + 77), config)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+@pytest.mark.parametrize("method", cases.METHODS)
+def test_every_isa(isa, dtype, method):
+    inputs = cases.make_inputs(27, (2, 1), 700, head_dim=40, dtype=dtype)
+    if takes(isa, dtype):
+        check(*inputs, config_of(select=method), isa=isa)
+
+
+def test_tau_per_head():
+    inputs = cases.make_inputs(28, (4, 2), 1500)
+    tau = torch.tensor([0.1, 0.5, 0.9, 1.0])
+    run = check(*inputs, config_of(), tau_heads=tau)
+    for h, value in enumerate(tau.tolist()):
+        alone = four_verbs(*inputs, config_of(tau=value))
+        assert torch.equal(run.bits[:, h], alone.bits[:, h])
+
+
+@pytest.mark.parametrize("method", cases.METHODS)
+@pytest.mark.parametrize("permute", ["none", "identity", "keys"])
+def test_larger_tau_never_removes_a_block(method, permute):
+    inputs = cases.make_inputs(29, (2, 1), 1500)
+    before = None
+    for tau in (0.0, 0.3, 0.6, 0.9, 0.99, 1.0):
+        bits = four_verbs(*inputs, config_of(tau=tau, select=method, permute=permute)).bits
+        if before is not None:
+            assert (before & ~bits).sum() == 0
+        before = bits
+
+
+def test_token_zero_is_always_kept():
+    q, k, v = cases.make_inputs(30, (2, 1), 1500)
+    run = four_verbs(q, k, v, config_of(rule="budget", tau=0.0))
+    first = (run.k_perm == 0).int().argmax(-1) // 128  # block of token 0, [1, 2]
+    for m in range(run.bits.shape[2]):
+        for h in range(2):
+            want = 1 << int(first[0, h]) if m >= 2 else 0
+            assert int(run.bits[0, h, m, 0]) == want
+
+
+def test_strips_and_rules_of_group_equal_per_head_at_one_head():
+    inputs = cases.make_inputs(31, (3, 3), 1000)
+    one, other = (four_verbs(*inputs, config_of(gqa=gqa)) for gqa in ("per_head", "group"))
+    assert all(map(torch.equal, one._replace(q_perm=one.bits), other._replace(q_perm=other.bits)))
+
+
+def test_mass_is_optional():
+    q, k, v = cases.make_inputs(32, (2, 1), 700)
+    k_pool = ops.permute(q, k, v, mode="identity", pack=False)[2]
+    full = ops.select(q, k, k_pool, mode="identity", return_mass=True)
+    bare = ops.select(q, k, k_pool, mode="identity")
+    assert bare[2].shape == (1, 2, 0, 0) and full[2].shape == (1, 2, 6, 6)
+    assert torch.equal(bare[0], full[0]) and torch.equal(bare[1], full[1])
