@@ -6,6 +6,8 @@
 #ifndef PBS_CPU_VEC_EMU_H
 #define PBS_CPU_VEC_EMU_H
 
+#include "cpu/convert.h"
+
 enum { VL = VEC_EMU, TILE_ROWS = VEC_EMU == 8 ? 6 : 8 };
 
 typedef struct vf {
@@ -13,18 +15,6 @@ typedef struct vf {
 } vf;
 
 #define EACH_LANE for (int i = 0; i < VL; i++)
-
-INLINE uint32_t bits_of(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    return bits;
-}
-
-INLINE float float_of(uint32_t bits) {
-    float x;
-    memcpy(&x, &bits, sizeof x);
-    return x;
-}
 
 INLINE vf vf_set1(float x) {
     vf r;
@@ -101,7 +91,7 @@ INLINE vf vf_split(vf v, vf *whole) {
 INLINE vf vf_ldexp(vf p, vf whole) {
     EACH_LANE {
         float n = whole.lane[i];
-        p.lane[i] *= n < 128.0f ? float_of((uint32_t)((int32_t)n + 127) << 23) : n; /* inf, NaN */
+        p.lane[i] *= n < 128.0f ? pbs_float_from_bits((uint32_t)((int32_t)n + 127) << 23) : n; /* inf, NaN */
     }
     return p;
 }
@@ -112,69 +102,29 @@ INLINE void vf_transpose(vf rows[VL]) {
     for (int r = 0; r < VL; r++) EACH_LANE memcpy(&rows[r].lane[i], &from[i].lane[r], 4);
 }
 
-INLINE float float_from_fp16(uint16_t half) {
-    uint32_t sign = (uint32_t)(half & 0x8000u) << 16, rest = half & 0x7fffu;
-    if (rest >= 0x7c00u) return float_of(sign | 0x7f800000u | (rest & 0x3ffu) << 13);
-    if (rest >= 0x400u) return float_of(sign | ((rest << 13) + 0x38000000u));
-    float tiny = (float)rest * 0x1p-24f;
-    return sign ? -tiny : tiny;
-}
-
-INLINE uint16_t fp16_from_float(float x) {
-    uint32_t bits = bits_of(x), sign = bits >> 16 & 0x8000u, rest = bits & 0x7fffffffu;
-    if (rest > 0x7f800000u) return (uint16_t)(sign | 0x7e00u | (rest >> 13 & 0x1ffu));
-    if (rest >= 0x477ff000u) return (uint16_t)(sign | 0x7c00u);
-    if (rest < 0x38800000u) /* below 2^-14: the addition rounds to a multiple of 2^-24 */
-        return (uint16_t)(sign | (bits_of(float_of(rest) + 0.5f) & 0x7ffu));
-    return (uint16_t)(sign | (rest - 0x38000000u + 0xfffu + (rest >> 13 & 1u)) >> 13);
-}
-
-INLINE float float_from_bf16(uint16_t half) { return float_of((uint32_t)half << 16); }
-
-INLINE uint16_t bf16_from_float(float x) {
-    uint32_t bits = bits_of(x);
-    if (x != x) return (uint16_t)(bits >> 16 | 0x40u);
-    return (uint16_t)((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
-}
-
 INLINE vf vf_load_as(pbs_dtype dtype, const void *at, int64_t n) {
     vf r = vf_zero();
-    int count = n < VL ? (int)n : VL;
-    if (dtype == PBS_DTYPE_FP32) {
-        if (count > 0) memcpy(&r, at, (size_t)count * 4);
-        return r;
-    }
-    for (int i = 0; i < count; i++) {
-        uint16_t half;
-        memcpy(&half, (const char *)at + 2 * i, 2);
-        r.lane[i] = dtype == PBS_DTYPE_FP16 ? float_from_fp16(half) : float_from_bf16(half);
-    }
+    if (n > 0) pbs_load(at, dtype, n < VL ? (int32_t)n : VL, r.lane);
     return r;
 }
 
 INLINE void vf_store_as(pbs_dtype dtype, void *at, int64_t n, vf x) {
-    int count = n < VL ? (int)n : VL;
-    if (dtype == PBS_DTYPE_FP32) {
-        if (count > 0) memcpy(at, &x, (size_t)count * 4);
-        return;
-    }
-    for (int i = 0; i < count; i++) {
-        float f = x.lane[i];
-        uint16_t half = dtype == PBS_DTYPE_FP16 ? fp16_from_float(f) : bf16_from_float(f);
-        memcpy((char *)at + 2 * i, &half, 2);
-    }
+    if (n > 0) pbs_store(at, dtype, n < VL ? (int32_t)n : VL, x.lane);
 }
 
 #if VEC_PAIRS
 /* As VDPBF16PS and VCVTNE2PS2BF16 do: denormals count as 0. */
 INLINE float no_denormal(float x) { return x < FLT_MIN && x > -FLT_MIN ? 0.0f : x; }
 
+INLINE float half_of(float word, int high) {
+    uint32_t bits = pbs_bits_of_float(word);
+    return no_denormal(pbs_float_from_bits(high ? bits & 0xffff0000u : bits << 16));
+}
+
 INLINE vf vf_dot2(vf acc, vf a, vf b) {
-    EACH_LANE {
-        uint32_t x = bits_of(a.lane[i]), y = bits_of(b.lane[i]);
-        float high = no_denormal(float_of(x & 0xffff0000u)) * no_denormal(float_of(y & 0xffff0000u));
-        float low = no_denormal(float_of(x << 16)) * no_denormal(float_of(y << 16));
-        acc.lane[i] = no_denormal(no_denormal(acc.lane[i] + high) + low);
+    EACH_LANE for (int high = 1; high >= 0; high--) {
+        float product = half_of(a.lane[i], high) * half_of(b.lane[i], high);
+        acc.lane[i] = no_denormal(acc.lane[i] + product);
     }
     return acc;
 }
@@ -182,8 +132,8 @@ INLINE vf vf_dot2(vf acc, vf a, vf b) {
 INLINE void vf_store_pairs(void *at, vf x, vf y) {
     uint16_t half[2 * VL];
     EACH_LANE {
-        half[i] = bf16_from_float(no_denormal(x.lane[i]));
-        half[VL + i] = bf16_from_float(no_denormal(y.lane[i]));
+        half[i] = pbs_fp32_to_bf16(no_denormal(x.lane[i]));
+        half[VL + i] = pbs_fp32_to_bf16(no_denormal(y.lane[i]));
     }
     memcpy(at, half, sizeof half);
 }

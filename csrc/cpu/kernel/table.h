@@ -10,9 +10,6 @@
 #include "cpu/kernel/score.h"
 #include "cpu/kernel/select.h"
 
-/* With pairs, rows of fp32 and fp16 have no words to be cut into. */
-INLINE int takes_any(pbs_dtype dtype) { return !VEC_PAIRS || dtype == PBS_DTYPE_BF16; }
-
 #define KERNEL_TABLE(isa_id, isa_name, runs, takes_dtype)                                          \
     {                                                                                              \
         .isa = isa_id, .name = isa_name, .runs_here = runs, .takes = takes_dtype,                  \
