@@ -344,7 +344,7 @@ def attend(
     of block m iff bits[m, j / block_k] and j is before the own span, or j is in the own span and
     k_perm[j] <= p(i) (kernels read that span from the original keys, where it is plain causality).
     own="mask": bits alone decide, causally, in natural order. A row without keys: 0 and -inf.
-    Scores and the two products are made in q's dtype, the softmax in at least fp32.
+    Both products are rounded to q's dtype, the softmax is taken in at least fp32.
     """
     (num_heads, seqlen_q, _), seqlen_k, scale = q.shape, k.size(1), _scale(q, softmax_scale)
     geometry = Geometry(
@@ -372,11 +372,11 @@ def attend(
                     seen = seen | ((place >= start) & causal)
             kept = seen.any(0)  # keys that no row of the block reads do not enter at all
             keys = token[kept]
-            logits = _widen(scale * (q[h, rows] @ k[kv, keys].T))
+            logits = _widen(scale * _product(q[h, rows], k[kv, keys].T))
             logits = logits.masked_fill(~seen[:, kept], -math.inf)
             lse[h, rows] = logits.logsumexp(-1)
             p = _masked_softmax(logits, seen[:, kept]).to(v.dtype)
-            out[h, rows] = p @ v[kv, keys]
+            out[h, rows] = _product(p, v[kv, keys])
     return out, lse
 
 
@@ -458,6 +458,11 @@ def _hash(seed: int, head: int, index: int) -> int:
 
 def _widen(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b accumulated in at least fp32 and rounded to their dtype, as matrix units do."""
+    return (_widen(a) @ _widen(b)).to(a.dtype)
 
 
 def _scale(q: Tensor, softmax_scale: float | None) -> float:
