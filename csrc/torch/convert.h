@@ -244,13 +244,10 @@ inline Tensor new_tensor(const Tensor &like, Shape shape, ScalarType dtype) {
 template <class Params>
 void run(Params &p, pbs_status (*size)(const Params *, size_t *),
          pbs_status (*verb)(const Params *), const Tensor &like, Threads &threads) {
-    constexpr uintptr_t ALIGN = 64;
-    size_t bytes = 0;
-    check(size(&p, &bytes));
-    Tensor memory = new_tensor(like, {static_cast<int64_t>(bytes + ALIGN)}, ScalarType::Byte);
-    const auto address = reinterpret_cast<uintptr_t>(memory.mutable_data_ptr());
-    p.workspace = reinterpret_cast<void *>((address + ALIGN - 1) / ALIGN * ALIGN);
-    p.workspace_bytes = bytes;
+    check(size(&p, &p.workspace_bytes));
+    const auto bytes = static_cast<int64_t>(p.workspace_bytes);
+    Tensor memory = new_tensor(like, {bytes}, ScalarType::Byte);
+    p.workspace = memory.mutable_data_ptr(); /* of any alignment */
     check(verb(&p));
     if (threads.failed)
         throw std::runtime_error("torch_parallel_for failed; outputs are not valid");
