@@ -20,7 +20,7 @@ UNIT_OF_ISA = {
     "c": "fma-c",
     "avx2": "fma-avx2",
     "avx512": "fma-avx512",
-    "avx512_bf16": "bf16-dot",
+    "avx512bf16": "bf16-dot",
 }
 
 
