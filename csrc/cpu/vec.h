@@ -22,7 +22,8 @@
  * and with VEC_PAIRS, where a word is two bf16, the lower half first,
  *
  *   vf_dot2(acc, a, b)                        acc + a.lo * b.lo + a.hi * b.hi
- *   vf_store_pairs(at, x, y)                  2 VL floats as bf16
+ *   vf_to_pairs(x, y)                         2 VL floats as bf16 in order
+ *   vf_pair_of_ones()
  *   vf_load_pairs(x, y, n)                    element i of row x in the lower half of word i, of row
  *                                             y in the upper
  */
@@ -40,10 +41,14 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
+#define NOINLINE static __attribute__((noinline))
+
 #if defined(__clang__)
 #define UNROLL _Pragma("unroll")
+#define UNROLL_4 _Pragma("unroll 4")
 #else
 #define UNROLL _Pragma("GCC unroll 16")
+#define UNROLL_4 _Pragma("GCC unroll 4")
 #endif
 
 #if defined(VEC_AVX2)

@@ -98,9 +98,11 @@ INLINE vf vf_dot2(vf acc, vf a, vf b) {
                             (__m512bh)_mm512_castps_si512(b));
 }
 
-INLINE void vf_store_pairs(void *at, vf x, vf y) {
-    _mm512_storeu_si512(at, (__m512i)_mm512_cvtne2ps_pbh(y, x));
+INLINE vf vf_to_pairs(vf x, vf y) {
+    return _mm512_castsi512_ps((__m512i)_mm512_cvtne2ps_pbh(y, x));
 }
+
+INLINE vf vf_pair_of_ones(void) { return _mm512_castsi512_ps(_mm512_set1_epi32(0x3f803f80)); }
 
 INLINE vf vf_load_pairs(const void *x, const void *y, int64_t n) {
     __mmask16 first = vf_first(n);

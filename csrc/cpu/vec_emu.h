@@ -129,14 +129,18 @@ INLINE vf vf_dot2(vf acc, vf a, vf b) {
     return acc;
 }
 
-INLINE void vf_store_pairs(void *at, vf x, vf y) {
+INLINE vf vf_to_pairs(vf x, vf y) {
     uint16_t half[2 * VL];
+    vf r;
     EACH_LANE {
         half[i] = pbs_fp32_to_bf16(no_denormal(x.lane[i]));
         half[VL + i] = pbs_fp32_to_bf16(no_denormal(y.lane[i]));
     }
-    memcpy(at, half, sizeof half);
+    memcpy(&r, half, sizeof r);
+    return r;
 }
+
+INLINE vf vf_pair_of_ones(void) { return vf_set1(pbs_float_from_bits(0x3f803f80u)); }
 
 INLINE vf vf_load_pairs(const void *x, const void *y, int64_t n) {
     vf r = vf_zero();

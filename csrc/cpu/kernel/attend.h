@@ -26,6 +26,7 @@ typedef struct attend_scratch {
     float *q;        /* [rows][panel_words] */
     float *acc_o;    /* [rows][panel_columns] */
     float *row_sum;  /* [rows][VL] */
+    float *row_weight; /* [rows][VL] with pairs, else NULL: see softmax_state */
     float *acc_s;    /* [STRIP][PBS_MAX_PANEL_KEYS] */
     float *row_max;  /* [rows] */
     int32_t *seen;   /* [rows]: keys that the row sees, counted from key 0 */
@@ -41,11 +42,12 @@ INLINE size_t carve_attend_scratch(attend_scratch *s, void *base, int32_t head_d
         s->q = base;
         s->acc_o = s->q + q;
         s->row_sum = s->acc_o + o;
-        s->acc_s = s->row_sum + sum;
+        s->row_weight = VEC_PAIRS ? s->row_sum + sum : NULL;
+        s->acc_s = s->row_sum + (1 + VEC_PAIRS) * sum;
         s->row_max = s->acc_s + strip;
         s->seen = (int32_t *)(s->row_max + rows);
     }
-    return 4 * (q + o + sum + strip + rows + rows);
+    return 4 * (q + o + (1 + VEC_PAIRS) * sum + strip + rows + rows);
 }
 
 static size_t kernel_attend_scratch(int32_t head_dim, int32_t block_q) {
@@ -95,7 +97,7 @@ typedef struct strip_job {
     int32_t first_key;
 } strip_job;
 
-INLINE void strip_scores(const attend_state *state, const strip_job *strip, prefetch *next) {
+NOINLINE void strip_scores(const attend_state *state, const strip_job *strip, prefetch *next) {
     const int32_t words = panel_words(state->job->head_dim);
     gemm g = {.a = state->s.q + (int64_t)strip->row * words,
               .lda = words,
@@ -113,15 +115,14 @@ INLINE void strip_scores(const attend_state *state, const strip_job *strip, pref
 
 INLINE void strip_softmax(const exp2_degree degree, const attend_state *state,
                           const strip_job *strip) {
-    const int32_t n = round_up(strip->visible, GROUP);
-    for (int32_t r = 0; r < strip->rows; r++) {
-        float *row = state->s.acc_s + r * state->keys;
-        if (strip->masked) mask_row(row, state->s.seen[strip->row + r] - strip->first_key, n);
-        softmax_row(VEC_PAIRS, degree, &state->softmax, strip->row + r, row, n);
-    }
+    const int32_t n = round_up(strip->visible, GROUP), *seen = state->s.seen + strip->row;
+    for (int32_t r = 0; strip->masked && r < strip->rows; r++)
+        mask_row(state->s.acc_s + r * state->keys, seen[r] - strip->first_key, n);
+    softmax_rows(VEC_PAIRS, degree, &state->softmax, strip->row, strip->rows, state->s.acc_s,
+                 state->keys, n);
 }
 
-INLINE void strip_output(const attend_state *state, const strip_job *strip, prefetch *next) {
+NOINLINE void strip_output(const attend_state *state, const strip_job *strip, prefetch *next) {
     const int32_t columns = panel_columns(state->job->head_dim);
     gemm g = {.a = state->s.acc_s,
               .lda = state->keys,
@@ -195,6 +196,7 @@ INLINE void load_rows(const pbs_dtype dtype, attend_state *state) {
         state->s.seen[i] = pbs_min_i32(job->q_offset + (int32_t)row + 1, job->own_end);
         state->s.row_max[i] = NO_ROW_MAX;
         vf_store(state->s.row_sum + i * VL, vf_zero());
+        if (VEC_PAIRS) vf_store(state->s.row_weight + i * VL, vf_zero());
     }
     memset(state->s.acc_o, 0, (size_t)padded_rows(job->rows) * (size_t)columns * 4);
 }
@@ -205,7 +207,9 @@ INLINE void store_rows(const pbs_dtype dtype, const attend_state *state) {
     for (int32_t i = 0; i < job->rows; i++) {
         const int64_t row = row_of(job, i);
         const float sum = vf_hadd(vf_load(state->s.row_sum + i * VL));
-        const vf inverse = vf_set1(sum == 0.0f ? 0.0f : 1.0f / sum);
+        const float *weights = VEC_PAIRS ? state->s.row_weight : state->s.row_sum;
+        const float weight = vf_hadd(vf_load(weights + i * VL));
+        const vf inverse = vf_set1(weight == 0.0f ? 0.0f : 1.0f / weight);
         char *out = (char *)job->out + row * job->out_stride * (int64_t)dtype_bytes(dtype);
         for (int32_t d = 0; d < job->head_dim; d += VL)
             vf_store_as(dtype, out + (size_t)d * dtype_bytes(dtype), job->head_dim - d,
@@ -222,6 +226,7 @@ static void kernel_attend_block(const pbs_attend_job *job) {
     carve_attend_scratch(&state.s, job->scratch, job->head_dim, job->rows);
     state.softmax = (softmax_state){.row_max = state.s.row_max,
                                     .row_sum = state.s.row_sum,
+                                    .row_weight = state.s.row_weight,
                                     .acc_o = state.s.acc_o,
                                     .columns = panel_columns(job->head_dim),
                                     .scale_log2 = job->scale_log2};

@@ -83,9 +83,8 @@ static void kernel_score_stats(const pbs_score_job *job) {
             const int32_t left = job->probe_rows - row;
             const int32_t rows = left < SCORE_STRIP ? left : SCORE_STRIP;
             score_strip(job, row, rows, n, &s);
-            for (int32_t r = 0; r < rows; r++)
-                softmax_row(0, EXP2_FINEST, &state, row + r, s.scores + r * SCORE_KEYS,
-                            round_up(n, GROUP));
+            softmax_rows(0, EXP2_FINEST, &state, row, rows, s.scores, SCORE_KEYS,
+                         round_up(n, GROUP));
         }
     }
     for (int32_t r = 0; r < job->probe_rows; r++)

@@ -58,48 +58,73 @@ INLINE float max_of_row(const float *row, int32_t n) {
 }
 
 typedef struct softmax_state {
-    float *row_max; /* [rows] */
-    float *row_sum; /* [rows][VL]: lanes are added at the end */
-    float *acc_o;   /* [rows][columns]; NULL: no output, as in scoring */
+    float *row_max;    /* [rows] */
+    float *row_sum;    /* [rows][VL]: lanes are added at the end */
+    float *row_weight; /* [rows][VL]: row_sum of the probabilities as the product with V sees them.
+                          With pairs they are rounded, and an output normalised by the rounded ones
+                          is exact where one key decides; else NULL, it is row_sum */
+    float *acc_o;      /* [rows][columns]; NULL: no output, as in scoring */
     int64_t columns;
     float scale_log2;
 } softmax_state;
 
+INLINE void scale_row(float *row, int64_t n, vf factor) {
+    for (int64_t i = 0; i < n; i += VL) vf_store(row + i, vf_mul(vf_load(row + i), factor));
+}
+
 static void raise_row_max(const softmax_state *state, int64_t r, float top) {
-    float *sum = state->row_sum + r * VL;
-    float raised = ceilf(top);
+    const float raised = ceilf(top);
     const vf down = vf_set1(power_of_two(state->row_max[r] - raised));
     state->row_max[r] = raised;
-    vf_store(sum, vf_mul(vf_load(sum), down));
-    if (!state->acc_o) return;
-    float *out = state->acc_o + r * state->columns;
-    for (int64_t d = 0; d < state->columns; d += VL)
-        vf_store(out + d, vf_mul(vf_load(out + d), down));
+    scale_row(state->row_sum + r * VL, VL, down);
+    if (state->row_weight) scale_row(state->row_weight + r * VL, VL, down);
+    if (state->acc_o) scale_row(state->acc_o + r * state->columns, state->columns, down);
 }
 
 /* Scores of row r to probabilities, in place: n floats, or n bf16 at the start of the row. */
-INLINE void softmax_row(const int pairs, const exp2_degree degree, const softmax_state *state,
-                        int64_t r, float *row, int32_t n) {
-    const float top = max_of_row(row, n) * state->scale_log2;
-    if (top > state->row_max[r] + RAISE_ABOVE) raise_row_max(state, r, top);
-
+INLINE void exp2_row(const int pairs, const exp2_degree degree, const softmax_state *state,
+                     int64_t r, float *row, int32_t n) {
     const vf scale = vf_set1(state->scale_log2), shift = vf_set1(-state->row_max[r]);
     vf sum = vf_load(state->row_sum + r * VL);
+#if VEC_PAIRS
+    vf weight = pairs ? vf_load(state->row_weight + r * VL) : vf_zero();
+#endif
     for (int32_t i = 0; i < n; i += GROUP) {
         const vf p0 = vf_exp2(degree, vf_fma(vf_load(row + i), scale, shift));
         const vf p1 = vf_exp2(degree, vf_fma(vf_load(row + i + VL), scale, shift));
         sum = vf_add(sum, vf_add(p0, p1));
 #if VEC_PAIRS
         if (pairs) {
-            vf_store_pairs((char *)row + 2 * i, p0, p1); /* never ahead of what was read */
+            const vf rounded = vf_to_pairs(p0, p1);
+            weight = vf_dot2(weight, rounded, vf_pair_of_ones());
+            vf_store(row + i / 2, rounded); /* never ahead of what was read */
             continue;
         }
 #endif
         vf_store(row + i, p0);
         vf_store(row + i + VL, p1);
     }
-    (void)pairs;
     vf_store(state->row_sum + r * VL, sum);
+#if VEC_PAIRS
+    if (pairs) vf_store(state->row_weight + r * VL, weight);
+#endif
+    (void)pairs;
+}
+
+/* Rows [first, first + rows) of the state, stored ld apart from `row` on. The maxima of some rows
+ * come before their powers: alone they overlap, and the row is still in L1 for the second look. */
+INLINE void softmax_rows(const int pairs, const exp2_degree degree, const softmax_state *state,
+                         int64_t first, int32_t rows, float *row, int64_t ld, int32_t n) {
+    enum { BATCH = 8 };
+    for (int32_t at = 0; at < rows; at += BATCH) {
+        const int32_t end = at + BATCH < rows ? at + BATCH : rows;
+        for (int32_t r = at; r < end; r++) {
+            const float top = max_of_row(row + r * ld, n) * state->scale_log2;
+            if (top > state->row_max[first + r] + RAISE_ABOVE) raise_row_max(state, first + r, top);
+        }
+        for (int32_t r = at; r < end; r++)
+            exp2_row(pairs, degree, state, first + r, row + r * ld, n);
+    }
 }
 
 #endif /* PBS_CPU_KERNEL_SOFTMAX_H */

@@ -64,7 +64,8 @@ INLINE void tile(const int height, const int pairs, const int add, const gemm *g
         acc[r][0] = add ? vf_load(c + r * g->ldc) : vf_zero();
         acc[r][1] = add ? vf_load(c + r * g->ldc + VL) : vf_zero();
     }
-    for (int64_t t = 0; t < g->steps; t++) {
+    const int64_t steps = g->steps;
+    UNROLL_4 for (int64_t t = 0; t < steps; t++) {
         const vf b0 = vf_load(b + t * GROUP), b1 = vf_load(b + t * GROUP + VL);
         UNROLL for (int r = 0; r < height; r++) {
             const vf x = vf_broadcast(a[r] + t);
