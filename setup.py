@@ -44,8 +44,8 @@ LINK_FLAGS = (
     f"-Wl,--version-script={EXPORTS} -s"
 )
 AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl"
-# First match by file name wins. Emulated vector units (emu_*) are plain C for tests: at -O3 they
-# take gcc a minute each.
+# First match by file name wins. Emulated vector units (emu_*) are plain C for tests: -O3 takes gcc
+# a minute each and gains nothing, -O1 runs up to ten times slower.
 ISA_FLAGS = {
     "emu_": "-O2",
     "avx512bf16": f"{AVX512} -mavx512bf16",
