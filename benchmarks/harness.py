@@ -28,6 +28,7 @@ from benchmarks.inputs import Shape
 from benchmarks.peak import UNIT_OF_ISA, Peak
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 DRIFT = 0.10  # probes further apart than this flag the sample between them
 
 
@@ -49,19 +50,20 @@ class Sample:
     flagged: bool
 
 
-def measure(rows, samples: int, peak: Peak, unit: str, probe_ms: float, tick):
+def measure(rows, peak: Peak, unit: str, args, tick):
     """name -> samples, and whether Ctrl-C ended it early; what was taken by then is kept."""
+    clock = CLOCKS[args.clock]
     taken: dict[str, list[Sample]] = {row.name: [] for row in rows}
     try:
         for row in rows:
             row.call()  # warm: pages mapped, kernels chosen
-        before = peak.run(unit, probe_ms)
-        for _ in range(samples):
+        before = peak.run(unit, args.probe_ms)
+        for _ in range(args.samples):
             for row in rows:
-                begin = time.perf_counter()
+                begin = clock()
                 row.call()
-                ms = 1e3 * (time.perf_counter() - begin)
-                after = peak.run(unit, probe_ms)
+                ms = 1e3 * (clock() - begin)
+                after = peak.run(unit, args.probe_ms)
                 drift = abs(before - after) / max(before, after)
                 taken[row.name].append(Sample(ms, (before, after), drift > DRIFT))
                 before = after
@@ -105,6 +107,8 @@ def compare(results: list[dict], baseline: str) -> None:
     if base is None:
         return
     for result in results:
+        if not result["blocks"]:  # part of a call: nothing to compare a whole one with
+            continue
         pairs = list(zip(base["samples"], result["samples"], strict=False))
         # probes of a flagged sample moved while it ran: such a round compares nothing
         clean = [(b, r) for b, r in pairs if not (b["flagged"] or r["flagged"])]
@@ -195,6 +199,8 @@ def parser(verb: str) -> argparse.ArgumentParser:
     p.add_argument("--block-size", type=int, default=128)
     p.add_argument("--segment-size", type=int, default=256)
     p.add_argument("--threads", type=int, default=torch.get_num_threads())
+    clocks = "wall, or this process's CPU time: one thread, for a machine that does other work"
+    p.add_argument("--clock", choices=tuple(CLOCKS), default="wall", help=clocks)
     p.add_argument("--samples", type=int, default=9, help="rounds per shape (%(default)s)")
     p.add_argument("--probe-ms", type=float, default=10.0, help="length of a peak probe")
     p.add_argument("--json", type=Path, metavar="OUT", help="'results' = benchmarks/results/<cpu>/")
@@ -212,8 +218,10 @@ def main(verb: str, rows: Callable) -> int:
     unknown = set(args.dtypes.split(",")) - set(DTYPES)
     if unknown:
         raise SystemExit(f"--dtypes: unknown {', '.join(sorted(unknown))}; of {', '.join(DTYPES)}")
+    if args.clock == "cpu" and args.threads != 1:
+        raise SystemExit(f"--clock cpu --threads {args.threads}: only --threads 1 is allowed")
     torch.set_num_threads(args.threads)
-    peak = Peak(args.threads)
+    peak = Peak(args.threads, args.clock == "cpu")
     about = machine.banner(args.threads)
     peaks = {u: statistics.median(peak.run(u, 50) for _ in range(5)) for u in peak.units}
     print(machine.describe(about))
@@ -259,7 +267,7 @@ def _entries(args, rows: Callable, peak: Peak):
                 progress = Progress(total * len(todo) * args.samples)
             progress.label = str(shape)
             unit = UNIT_OF_ISA.get(work.isa, "fma-c")
-            taken, stopped = measure(todo, args.samples, peak, unit, args.probe_ms, progress.tick)
+            taken, stopped = measure(todo, peak, unit, args, progress.tick)
             progress.clear()
             done = [row for row in todo if taken[row.name]]
             results = [summarise(row, taken[row.name], shape, args.block_size) for row in done]

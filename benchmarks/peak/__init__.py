@@ -43,24 +43,25 @@ def _compile(folder: str) -> ctypes.CDLL:
 class Peak:
     """`units`: the names this machine has, widest last."""
 
-    def __init__(self, threads: int):
+    def __init__(self, threads: int, cpu_time: bool = False):
         with tempfile.TemporaryDirectory() as folder:
             self._lib = _compile(folder)
         self._lib.peak_name.restype = ctypes.c_char_p
         self._lib.peak_name.argtypes = [ctypes.c_int]
         self._lib.peak_run.restype = ctypes.c_double
-        self._lib.peak_run.argtypes = [ctypes.c_int, ctypes.c_double]
+        self._lib.peak_run.argtypes = [ctypes.c_int, ctypes.c_double, ctypes.c_int]
         self._lib.peak_init()
         names = []
         while (name := self._lib.peak_name(len(names))) is not None:
             names.append(name.decode())
         self._unit = {n: i for i, n in enumerate(names) if self._lib.peak_has(i)}
         self.units = list(self._unit)
-        self.threads = threads
+        self.threads, self.cpu_time = threads, int(cpu_time)
         self._pool = ThreadPoolExecutor(threads)
 
     def run(self, unit: str, ms: float = 10.0) -> float:
         """GFLOP/s of all threads together over about `ms` milliseconds."""
         index = self._unit[unit]
-        runs = [self._pool.submit(self._lib.peak_run, index, ms) for _ in range(self.threads)]
+        arguments = (self._lib.peak_run, index, ms, self.cpu_time)
+        runs = [self._pool.submit(*arguments) for _ in range(self.threads)]
         return sum(run.result() for run in runs)

@@ -28,9 +28,9 @@ static const char *const unit_names[PEAK_UNITS] = {"fma-c", "fma-avx2", "fma-avx
 static float operands[1024];
 static float *volatile operands_at = operands;
 
-static double now(void) {
+static double now(int cpu_time) {
     struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
+    clock_gettime(cpu_time ? CLOCK_THREAD_CPUTIME_ID : CLOCK_MONOTONIC, &t);
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
@@ -204,12 +204,12 @@ void peak_init(void) {
     }
 }
 
-/* GFLOP/s of this thread over about ms milliseconds of one unit. */
-double peak_run(int unit, double ms) {
-    double flop = 0, begin = now(), end = begin;
+/* GFLOP/s of this thread over about ms milliseconds of one unit, by the wall or by its CPU time. */
+double peak_run(int unit, double ms, int cpu_time) {
+    double flop = 0, begin = now(cpu_time), end = begin;
     while (end - begin < 1e-3 * ms) {
         flop += run(unit, unit == PEAK_BF16_AMX ? 500 : 20000);
-        end = now();
+        end = now(cpu_time);
     }
     return flop / (end - begin) * 1e-9;
 }
