@@ -42,7 +42,7 @@ build: $(VENV)/.torch ## the extension, in place
 	@$(PY) setup.py -q build_ext --inplace
 
 bench: build $(VENV)/.dev ## measure prefill; results go to benchmarks/results
-	$(OFFLINE) $(PY) -m benchmarks.prefill
+	$(OFFLINE) $(PY) -m benchmarks.prefill --json results
 
 # ---- parts of `make test` -------------------------------------------------------------------------
 lint: $(VENV)/.dev ## ruff and clang-format, checking only
