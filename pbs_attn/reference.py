@@ -313,20 +313,22 @@ def antidiagonal(
 def choose(rule: str, tau: float, mass: Tensor, eligible: Tensor) -> Tensor:
     """The rule turns masses [Tq, Tk] into bits; ties go to the lower block index.
 
-    prefix: the smallest prefix of the descending order with cumulative mass >= tau; all if tau >= 1
-    or if rounding never lets the sum reach tau (the authors then keep none). relative: mass >= tau
-    times the row's maximum. absolute: mass >= tau. budget: the ceil(tau) largest.
+    prefix: the smallest prefix of the descending order whose mass is >= tau of the row's mass (1
+    for a softmax); all if tau >= 1 or if rounding never lets the sum reach it (the authors then
+    keep none). relative: mass >= tau times the row's maximum. absolute: mass >= tau. budget: the
+    ceil(tau) largest.
     """
     if rule == "relative":
         return eligible & (mass >= tau * mass.amax(-1, keepdim=True))
     if rule == "absolute":
         return eligible & (mass >= tau)
     value, index = mass.masked_fill(~eligible, -1.0).sort(dim=-1, descending=True, stable=True)
-    before = value.clamp(min=0.0).cumsum(-1) - value.clamp(min=0.0)
+    value = value.clamp(min=0.0)
+    before = value.cumsum(-1) - value
     if rule == "budget":
         keep = torch.arange(mass.size(-1)).expand_as(mass) < math.ceil(tau)
     else:
-        keep = torch.full_like(eligible, True) if tau >= 1 else before < tau
+        keep = torch.full_like(eligible, True) if tau >= 1 else before < tau * value.sum(-1, True)
     return torch.zeros_like(eligible).scatter(-1, index, keep) & eligible
 
 

@@ -112,9 +112,9 @@ def choose(rule, tau, mass):
     order = sorted(mass, key=lambda n: (-mass[n], n))
     if rule == "budget":
         return set(order[: math.ceil(tau)])
-    kept, total = set(), 0.0
+    kept, total, whole = set(), 0.0, sum(mass.values())
     for n in order:
-        if total >= tau and tau < 1:
+        if total >= tau * whole and tau < 1:
             break
         kept.add(n)
         total += mass[n]

@@ -222,12 +222,19 @@ def test_token_zero_and_the_diagonal_are_always_there(permute):
         assert mask[:, 0].all() and mask.diagonal().all()
 
 
-def test_rule_keeps_all_when_the_sum_never_reaches_tau():
-    """Deviation: the authors then keep nothing."""
-    mass = torch.full((1, 10), 0.1, dtype=torch.float64) * (1 - 1e-9)
+def test_rule_keeps_all_at_tau_one():
+    """Deviation: where rounded masses add up to less than 1, the authors keep nothing."""
+    mass = torch.full((1, 10), 0.1)
+    mass[0, 9] -= 1e-6
     every = torch.ones(1, 10, dtype=torch.bool)
-    assert reference.choose("prefix", 1 - 1e-10, mass, every).all()
-    assert reference.choose("prefix", 1.0, mass, every).all()
+    assert mass.sum() < 1.0
+    for tau in (1.0, 1, 7.0):
+        assert reference.choose("prefix", tau, mass, every).all()
+    assert reference.choose("prefix", 1 - 1e-9, mass.double(), every).all()
+    # masses of any normalisation: tau is a share of the row's sum
+    assert reference.choose("prefix", 0.5, 7 * mass, every).sum() == 5
+    empty = torch.zeros(1, 10)
+    assert not reference.choose("prefix", 0.9, empty, every & False).any()
 
 
 def test_group_equals_per_head_without_groups():
