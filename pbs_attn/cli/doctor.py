@@ -106,10 +106,11 @@ def _lines(found):
         build = found["build"]
         for name, state in build["libraries"].items():
             yield f"library     {name}: {state['file'] or 'none: ' + state['reason']}"
-        core = ", ".join(f"{name} {value}" for name, value in build["core"].items())
-        yield f"core        {core}"
-        features = [name for name, value in build["cpu"].items() if value]
-        yield "CPU         " + ", ".join(features)
+        core = build["core"]
+        yield f"core        {core['compiler']}, {core['flags'] or 'default flags'}"
+        # emu_*: the vector kernels spelled out in C, for tests; they run everywhere.
+        runs = [name for name, value in build["cpu"].items() if value and "emu" not in name]
+        yield "CPU runs    " + ", ".join(runs)
         chosen = ", ".join(f"{dtype} {isa}" for dtype, isa in build["isa"].items())
         forced = found["forced_isa"]
         yield f"kernels     {chosen}" + (f" (PBS_ATTN_ISA={forced})" if forced else "")

@@ -60,11 +60,11 @@ def main(args):
     from .. import record, register
 
     register(args.name, config, overwrite=True)
-    with record() as calls:
-        try:
+    try:
+        with record() as calls:
             status = run_program(args.module, args.script)
-        finally:
-            print(f"\npbs_attn: {calls.summary()}", file=sys.stderr)
+    finally:
+        print(f"\npbs_attn\n{calls.summary()}", file=sys.stderr)
     if status == 0 and args.require_used and not calls.calls.get("pbs"):
         print('pbs_attn exec: no call was sparse; is attn_implementation="pbs_attn" set, '
               "are the inputs long enough?", file=sys.stderr)  # fmt: skip

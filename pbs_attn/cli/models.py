@@ -54,7 +54,7 @@ def parse_length(text):
         number, factor = number[:-1], 1024
     try:
         length = int(float(number) * factor)
-    except ValueError:
+    except (ValueError, OverflowError):
         length = 0
     if length < 2:
         raise CommandError(f"--length is {text!r}; allowed: tokens >= 2, or 4k, 8k, ...")

@@ -34,8 +34,9 @@ def head_map(q, k, config):
     own = mass.own_blocks(natural.size(1), config.block_size, config.segment_size)
     history, k_perm = plan.mask(own=False)[0], plan.k_perm[0]
     # The own span is read in natural order, history in permuted order.
+    in_own_span = torch.arange(len(own)) >= own.int().argmax(1, keepdim=True)
     blocks = torch.where(
-        own,
+        in_own_span,
         mass.block_mass(natural, None, config.block_size),
         mass.block_mass(natural, k_perm, config.block_size),
     )
@@ -50,47 +51,53 @@ def head_map(q, k, config):
 
 
 def draw(maps, titles, path, heading):
-    """One panel per map: attention per block, the computed blocks framed, the others veiled."""
+    """One panel per map: attention per block, coloured where computed, grey where skipped."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
     from matplotlib.collections import LineCollection
-    from matplotlib.colors import LogNorm
+    from matplotlib.colors import LinearSegmentedColormap, LogNorm
 
     matplotlib.rcParams["svg.hashsalt"] = "pbs_attn"  # the same picture, the same file
-    figure, axes = pyplot.subplots(1, len(maps), figsize=(5.4 * len(maps), 5.6))
-    colours = matplotlib.colormaps["viridis"].copy()
-    colours.set_bad("white")
+    norm = LogNorm(1e-4, 0.3)
+    colours = matplotlib.colormaps["viridis"]
+    greys = LinearSegmentedColormap.from_list("skipped", ["#f7f7f7", "#9a9a9a"])
+    figure, axes = pyplot.subplots(
+        1, len(maps), figsize=(5.2 * len(maps), 5.4), layout="constrained"
+    )
     for axis, found, title in zip(axes, maps, titles, strict=True):
-        size = len(found["computed"])
-        values = found["blocks"].clamp(min=1e-5).masked_fill(~found["causal"], float("nan"))
-        image = axis.imshow(
-            values, cmap=colours, norm=LogNorm(1e-4, 0.3), extent=(0, size, size, 0)
-        )
-        veil = torch.full((size, size, 4), 1.0)
-        veil[..., 3] = 0.78 * (found["causal"] & ~found["computed"])
-        axis.imshow(veil, extent=(0, size, size, 0))
-        axis.add_collection(
-            LineCollection(_outline(found["computed"]), colors="black", linewidths=0.7)
-        )
-        count, causal = int(found["computed"].sum()), int(found["causal"].sum())
-        axis.set_title(
-            f"{title}\n{count} of {causal} blocks computed ({count / causal:.0%}), "
-            f"{found['kept']:.1%} of the attention kept",
-            fontsize=10,
-        )
+        computed, causal = found["computed"], found["causal"]
+        size = len(computed)
+        values = norm(found["blocks"].clamp(min=1e-5).numpy())
+        cells = greys(values)
+        cells[computed.numpy()] = colours(values)[computed.numpy()]
+        cells[~causal.numpy()] = 1.0
+        axis.imshow(cells, extent=(0, size, size, 0), interpolation="none")
+        axis.add_collection(LineCollection(_outline(computed), colors="black", linewidths=0.6))
+        axis.set_title(f"{title}\n{_count(found)} computed\n{found['kept']:.1%} of attention kept")
         axis.set_xlabel("key block")
-        axis.set_xticks(range(0, size + 1, max(size // 8, 1)))
-        axis.set_yticks(range(0, size + 1, max(size // 8, 1)))
+        for direction in (axis.set_xticks, axis.set_yticks):
+            direction(range(0, size + 1, max(size // 8, 1)))
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("query block")
-    bar = figure.colorbar(image, ax=axes, fraction=0.022, pad=0.02)
-    bar.set_label("share of the query block's attention")
+    bars = (
+        (greys, "skipped"),
+        (colours, "share of the query block's attention: computed"),
+    )
+    for colormap, label in bars:
+        scale = matplotlib.cm.ScalarMappable(norm, colormap)
+        bar = figure.colorbar(scale, ax=axes, fraction=0.02, pad=0.01, aspect=40)
+        bar.set_label(label)
     figure.suptitle(heading, fontsize=11)
     metadata = {"Date": None} if str(path).endswith(".svg") else None
-    figure.savefig(path, bbox_inches="tight", dpi=130, metadata=metadata)
+    figure.savefig(path, dpi=130, metadata=metadata)
     pyplot.close(figure)
+
+
+def _count(found):
+    count, causal = int(found["computed"].sum()), int(found["causal"].sum())
+    return f"{count} of {causal} blocks ({count / causal:.0%})"
 
 
 def _outline(chosen):
@@ -136,7 +143,5 @@ def main(args):
     )
     draw(maps, titles, args.out, heading)
     for title, found in zip(titles, maps, strict=True):
-        count, causal = int(found["computed"].sum()), int(found["causal"].sum())
-        print(f"{title}: {count} of {causal} blocks ({count / causal:.1%}), "
-              f"{found['kept']:.2%} of the attention")  # fmt: skip
+        print(f"{title}: {_count(found)} computed, {found['kept']:.1%} of attention kept")
     return 0
