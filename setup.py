@@ -125,6 +125,8 @@ class BuildPBS(build_ext):
             command = [*shlex.split(cc), *C_FLAGS.split(), *isa_flags(source.name).split()]
             if source.parent.name == "python":
                 command += module_flags
+            if source.name == "status.c":  # pbs_build_info()
+                command.append(c_string("PBS_BUILD_FLAGS", shlex.join([*C_FLAGS.split(), *cflags])))
             jobs.append(Job(source, obj, (*command, *cflags), cc_id))
         return jobs
 
