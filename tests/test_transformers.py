@@ -5,16 +5,14 @@ Logits are judged by the numeric rule against the model in fp64, and the record 
 sparse kernels really ran: no test here can pass by falling back.
 """
 
+import numerics
 import pytest
+import tiny_models as tiny
 import torch
+import transformers
+from tiny_models import CONFIG
 
-transformers = pytest.importorskip("transformers")
-
-import numerics  # noqa: E402
-import tiny_models as tiny  # noqa: E402
-from tiny_models import CONFIG  # noqa: E402
-
-import pbs_attn  # noqa: E402
+import pbs_attn
 
 OLD = transformers.__version__.startswith("4.")
 
@@ -43,8 +41,7 @@ def check_logits(model, call, rows=slice(None)):
     return calls
 
 
-@pytest.mark.tf457
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", tiny.FAMILY_PARAMS)
 def test_one_shot(family):
     ids = tiny.prompt(batch=2)
     calls = check_logits(tiny.build(family), lambda m: m(ids))
@@ -53,7 +50,6 @@ def test_one_shot(family):
     assert calls.reasons == tiny.reasons(family)
 
 
-@pytest.mark.tf457
 @pytest.mark.parametrize("family", ["llama", "gemma3", "mistral_wide_window", "gpt_oss"])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padded_batch(family, side):
@@ -63,7 +59,6 @@ def test_padded_batch(family, side):
     assert calls.calls["pbs"] == tiny.sparse_layers(family)
 
 
-@pytest.mark.tf457
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_padded_batch_equals_its_rows_one_by_one(side):
     ids, mask = tiny.padded([300, 260, 129], side)
@@ -140,7 +135,6 @@ def test_static_cache_in_two_chunks(lengths):
     assert calls.calls == {"pbs": 4, "dense": 0}
 
 
-@pytest.mark.tf457
 @pytest.mark.parametrize("kind", ["bool", "additive"])
 def test_a_four_dimensional_mask_is_obeyed(kind):
     ids = tiny.prompt()
@@ -222,7 +216,6 @@ def test_short_calls_on_a_prefix_see_the_prefix():
         numerics.assert_close(logits, call(tiny.exact_copy(model)).logits, call(model).logits)
 
 
-@pytest.mark.tf457
 @pytest.mark.parametrize("family", ["llama", "qwen3", "mixtral"])
 def test_below_tau_one_blocks_are_left_out(family):
     ids = tiny.prompt(640)
@@ -313,3 +306,25 @@ def test_dropout_goes_dense():
     model.train()
     _, calls = patched(model, lambda m: m(tiny.prompt()))
     assert calls.reasons == {"dropout": 2}
+
+
+def test_an_encoder_with_padding_runs_dense():
+    pbs_attn.register()
+    config = transformers.BertConfig(
+        vocab_size=96,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=48,
+        attn_implementation="eager",
+    )
+    # 4.57 does not give this model an interface.
+    model = tiny.randomize(transformers.BertModel(config), 0)
+    ids, mask = tiny.padded([300, 211], "right")
+    expected = model(ids, attention_mask=mask).last_hidden_state
+    model.set_attn_implementation("pbs_attn")
+    with pbs_attn.record() as calls:
+        hidden = model(ids, attention_mask=mask).last_hidden_state
+    assert calls.calls["pbs"] == 0 and set(calls.reasons) == {"non_causal"}
+    real = mask.bool()
+    torch.testing.assert_close(hidden[real], expected[real], rtol=1e-4, atol=1e-4)

@@ -3,14 +3,11 @@
 prompt reaches the layers; the record says which calls ran sparse and why the others did not."""
 
 import pytest
+import tiny_models as tiny
 import torch
+from tiny_models import CONFIG
 
-transformers = pytest.importorskip("transformers")
-
-import tiny_models as tiny  # noqa: E402
-from tiny_models import CONFIG  # noqa: E402
-
-import pbs_attn  # noqa: E402
+import pbs_attn
 
 NEW = 10  # tokens
 
@@ -39,15 +36,13 @@ def check_calls(calls, family, prefills=1, decodes=NEW - 1):
     }
 
 
-@pytest.mark.tf457
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", tiny.FAMILY_PARAMS)
 def test_left_padded_batch(family):
     ids, mask = tiny.padded([300, 270, 133], "left")
     calls = check_tokens(tiny.build(family), ids, attention_mask=mask)
     check_calls(calls, family)
 
 
-@pytest.mark.tf457
 @pytest.mark.parametrize("family", ["llama", "gemma3", "phi3"])
 def test_static_cache(family):
     ids, mask = tiny.padded([300, 270], "left")
@@ -107,7 +102,6 @@ def test_second_chat_turn():
     check_calls(calls, "llama", prefills=2, decodes=2 * (NEW - 1))
 
 
-@pytest.mark.tf457
 def test_beam_search():
     ids, mask = tiny.padded([300, 270], "left")
     calls = check_tokens(tiny.build("llama"), ids, attention_mask=mask, num_beams=3)
@@ -132,7 +126,6 @@ def test_assisted_decoding(min_q):
         assert calls.calls["pbs"] > 2
 
 
-@pytest.mark.tf457
 def test_prompt_lookup_decoding():
     """The same with candidates copied from the prompt, which here repeats itself."""
     ids = tiny.prompt(75).repeat(1, 4)
@@ -140,7 +133,6 @@ def test_prompt_lookup_decoding():
     assert calls.calls["pbs"] >= 2
 
 
-@pytest.mark.tf457
 def test_a_batch_equals_its_rows_one_by_one():
     ids, mask = tiny.padded([300, 270, 133], "left")
     model = tiny.build("llama")

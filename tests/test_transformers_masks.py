@@ -5,12 +5,11 @@ import random
 
 import pytest
 import torch
+import transformers
+from transformers import masking_utils
 
-transformers = pytest.importorskip("transformers")
-from transformers import masking_utils  # noqa: E402
-
-import pbs_attn  # noqa: E402
-from pbs_attn.integrations import masks  # noqa: E402
+import pbs_attn
+from pbs_attn.integrations import masks
 
 pytestmark = pytest.mark.tf457
 

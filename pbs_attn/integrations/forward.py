@@ -43,7 +43,7 @@ def attention_forward(
     """
     if cache is not None:
         raise NotImplementedError(
-            "cache is a paged cache (continuous batching); allowed: attn_implementation='sdpa' there"
+            "cache is a paged cache (continuous batching); allowed: attn_implementation='sdpa'"
         )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     config = env.default_config() if policy == DENSE else policy
@@ -141,7 +141,8 @@ def _sdpa(module, query, key, value, mask, causal, dropout, scaling, kwargs):
     """transformers' own sdpa; mask None, 4-D, or 2-D padding where the call is not causal."""
     if mask is not None and mask.ndim == 2:
         mask = mask[:, None, None, :].bool()
-    causal = causal and mask is None
+    # 4.57 obeys an explicit is_causal for one row too, which would then see the first key only.
+    causal = causal and mask is None and query.shape[2] > 1
     options = {"dropout": dropout, "scaling": scaling, "is_causal": causal, **kwargs}
     return sdpa_attention_forward(module, query, key, value, mask, **options)[0]
 

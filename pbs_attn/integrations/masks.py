@@ -98,9 +98,9 @@ def _is_plain_causal(function, kv_length):
 
 
 def _closure(function):
-    code = getattr(function, "__code__", None)
     cells = getattr(function, "__closure__", None) or ()
-    return {name: cell.cell_contents for name, cell in zip(code.co_freevars, cells)} if code else {}
+    names = function.__code__.co_freevars if cells else ()
+    return {name: cell.cell_contents for name, cell in zip(names, cells, strict=True)}
 
 
 def _conjunction(function):
