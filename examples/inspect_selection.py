@@ -9,7 +9,8 @@ import sys
 import pbs_attn
 from pbs_attn.cli import measure, models
 
-layer, head, length = ([int(x) for x in sys.argv[1:]] + [5, 0, 2048][len(sys.argv) - 1 :])[:3]
+given, default = [int(x) for x in sys.argv[1:]], [5, 0, 2048]
+layer, head, length = given + default[len(given) :]
 model, tokenizer = models.load("smollm2")
 ids = models.token_ids(tokenizer, models.demo_text()[1], length)
 taken, _ = measure.capture(model, ids, {layer})  # q, k, v as attention sees them

@@ -3,9 +3,11 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -436,3 +438,20 @@ def test_as_a_program():
     found = json.loads(result.stdout)
     assert found["environment"] == {"PBS_ATTN_ISA": "c"} | found["environment"]
     assert {test["isa"] for test in found["self_test"]} == {"c"}
+
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "said"),
+    [
+        ("quickstart", (), "of the causal blocks"),
+        ("llama_prefill", (1100,), "pbs       30"),
+        ("inspect_selection", (3, 0, 1100), "permute='keys'"),
+    ],
+)
+def test_examples(name, words, said, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
+    runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+    assert said in capsys.readouterr().out

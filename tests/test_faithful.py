@@ -118,15 +118,21 @@ def check_selection(text, length, say, density, coverage, gain):
     assert points >= gain
 
 
-# Bands: small-models.md has the ones of essays, reports and code; the shipped text was measured to
-# be inside them.
-BANDS = {2048: ((0.60, 0.70), 0.98, 5.0), 4096: ((0.47, 0.56), 0.96, 4.0),
-         8192: ((0.30, 0.38), 0.94, 2.0)}  # fmt: skip
+# {tokens: (density of pbs, least coverage, least gain over identity in points)} at tau = 0.9.
+# ENGLISH holds for essays, reports and stories alike (measured when the method was studied); DEMO
+# is narrower, around what the shipped text gives: density .663 and .508, coverage .9876 and .9726,
+# gain 9.0 and 5.6 points, the same with reference.py as with the kernels.
+ENGLISH = {
+    2048: ((0.60, 0.70), 0.98, 5.0),
+    4096: ((0.47, 0.56), 0.96, 4.0),
+    8192: ((0.30, 0.38), 0.94, 2.0),
+}
+DEMO = {2048: ((0.645, 0.680), 0.985, 8.0), 4096: ((0.490, 0.525), 0.970, 4.8)}
 
 
 @pytest.mark.parametrize("length", (2048, 4096))
 def test_density_coverage_and_gain(length, say):
-    check_selection("demo", length, say, *BANDS[length])
+    check_selection("demo", length, say, *DEMO[length])
 
 
 @pytest.mark.parametrize("length", (2048, 4096))
@@ -164,7 +170,7 @@ def test_oracle_gain(say):
         f"demo 2048, oracle at 95% of the mass: {gains.mean():+.1f} points, "
         f"helped {helped:.1%}, harmed {harmed:.1%} of the heads"
     )
-    assert gains.mean() >= 4.0
+    assert gains.mean() >= 8.0  # other texts: at least 4; here 9.2 and .7%
     assert harmed < 0.03
 
 
@@ -200,14 +206,14 @@ def test_loss(say):
 
 @pytest.mark.long
 def test_8k(say):
-    check_selection("demo", 8192, say, *BANDS[8192])
+    check_selection("demo", 8192, say, *ENGLISH[8192])
     check_loss("demo", 8192, say, {0.9: 0.06})
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("length", (2048, 4096))
 def test_essay(length, say):
-    check_selection("popular", length, say, *BANDS[length])
+    check_selection("popular", length, say, *ENGLISH[length])
 
 
 @pytest.mark.long
