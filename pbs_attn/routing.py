@@ -11,12 +11,13 @@ from .dense import BLOCK_SIZES, kernel_lacks
 
 # Every reason for the dense route, in the order in which they are looked for.
 REASONS = {
-    "disabled": "PBS_ATTN_DISABLE is set",
+    "disabled": "PBS_ATTN_DISABLE is set, or the layer is configured dense",
     "non_causal": "the call is not causal",
     "mask_4d": "a 4-D mask was given",
     "sliding_window": "a sliding window cuts keys off",
     "softcap": "logits are soft-capped",
     "sinks": "attention sinks are learned",
+    "position_bias": "a position bias is added to the logits",
     "block_indices": "the model selects blocks itself",
     "cu_seqlens": "sequences are packed by the caller",
     "dropout": "dropout is on",
