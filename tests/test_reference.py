@@ -231,6 +231,9 @@ def test_rule_keeps_all_at_tau_one():
     for tau in (1.0, 1, 7.0):
         assert reference.choose("prefix", tau, mass, every).all()
     assert reference.choose("prefix", 1 - 1e-9, mass.double(), every).all()
+    nothing_left = torch.tensor([[1.0, 0.0, 0.0]])  # masses may round to 0: kept all the same
+    assert reference.choose("prefix", 1.0, nothing_left, every[:, :3]).all()
+    assert reference.choose("prefix", 0.99, nothing_left, every[:, :3]).sum() == 1
     # masses of any normalisation: tau is a share of the row's sum
     assert reference.choose("prefix", 0.5, 7 * mass, every).sum() == 5
     empty = torch.zeros(1, 10)
