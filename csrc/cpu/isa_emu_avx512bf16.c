@@ -4,10 +4,9 @@
 
 #include "cpu/kernel/table.h"
 
-static int runs_here(void) {
-    return 1;
-}
+static int runs_here(void) { return 1; }
 
 static int takes(pbs_dtype dtype) { return dtype == PBS_DTYPE_BF16; }
 
-const pbs_cpu_kernels pbs_kernels_emu_avx512bf16 = KERNEL_TABLE(PBS_ISA_EMU_AVX512_BF16, "emu_avx512bf16", runs_here, takes);
+const pbs_cpu_kernels pbs_kernels_emu_avx512bf16 =
+    KERNEL_TABLE(PBS_ISA_EMU_AVX512_BF16, "emu_avx512bf16", runs_here, takes);

@@ -24,8 +24,7 @@
  *   vf_dot2(acc, a, b)                        acc + a.lo * b.lo + a.hi * b.hi
  *   vf_to_pairs(x, y)                         2 VL floats as bf16 in order
  *   vf_pair_of_ones()
- *   vf_load_pairs(x, y, n)                    element i of row x in the lower half of word i, of row
- *                                             y in the upper
+ *   vf_load_pairs(x, y, n)                    word i is element i of row x and element i of row y
  */
 #ifndef PBS_CPU_VEC_H
 #define PBS_CPU_VEC_H
@@ -43,7 +42,10 @@
 
 #define NOINLINE static __attribute__((noinline))
 
-#if defined(__clang__)
+#if defined(VEC_EMU) /* speed is no aim there, small code is */
+#define UNROLL
+#define UNROLL_4
+#elif defined(__clang__)
 #define UNROLL _Pragma("unroll")
 #define UNROLL_4 _Pragma("unroll 4")
 #else

@@ -91,7 +91,8 @@ INLINE vf vf_split(vf v, vf *whole) {
 INLINE vf vf_ldexp(vf p, vf whole) {
     EACH_LANE {
         float n = whole.lane[i];
-        p.lane[i] *= n < 128.0f ? pbs_float_from_bits((uint32_t)((int32_t)n + 127) << 23) : n; /* inf, NaN */
+        p.lane[i] *=
+            n < 128.0f ? pbs_float_from_bits((uint32_t)((int32_t)n + 127) << 23) : n; /* inf, NaN */
     }
     return p;
 }

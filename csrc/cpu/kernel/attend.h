@@ -23,13 +23,13 @@ enum { STRIP = 64 };
 
 /* Columns of scratch, each a multiple of 64 bytes for any whole number of strips. */
 typedef struct attend_scratch {
-    float *q;        /* [rows][panel_words] */
-    float *acc_o;    /* [rows][panel_columns] */
-    float *row_sum;  /* [rows][VL] */
+    float *q;          /* [rows][panel_words] */
+    float *acc_o;      /* [rows][panel_columns] */
+    float *row_sum;    /* [rows][VL] */
     float *row_weight; /* [rows][VL] with pairs, else NULL: see softmax_state */
-    float *acc_s;    /* [STRIP][PBS_MAX_PANEL_KEYS] */
-    float *row_max;  /* [rows] */
-    int32_t *seen;   /* [rows]: keys that the row sees, counted from key 0 */
+    float *acc_s;      /* [STRIP][PBS_MAX_PANEL_KEYS] */
+    float *row_max;    /* [rows] */
+    int32_t *seen;     /* [rows]: keys that the row sees, counted from key 0 */
 } attend_scratch;
 
 INLINE size_t carve_attend_scratch(attend_scratch *s, void *base, int32_t head_dim,
@@ -158,8 +158,8 @@ INLINE void attend_panels(const exp2_degree degree, const attend_state *state) {
     const pbs_attend_job *job = state->job;
     const size_t bytes = kernel_panel_bytes(job->head_dim, state->keys);
     /* Tiles that one panel runs through, tails not counted. */
-    const int32_t tiles = job->rows / TILE_ROWS *
-                          (state->keys / GROUP + panel_columns(job->head_dim) / GROUP);
+    const int32_t tiles =
+        job->rows / TILE_ROWS * (state->keys / GROUP + panel_columns(job->head_dim) / GROUP);
     panel_ref panel = next_panel(state, (panel_ref){NULL, -1, 0});
     while (panel.at) {
         const panel_ref after = next_panel(state, panel);
@@ -188,8 +188,8 @@ INLINE void load_rows(const pbs_dtype dtype, attend_state *state) {
     const int32_t words = panel_words(job->head_dim), columns = panel_columns(job->head_dim);
     for (int32_t i = 0; i < job->rows; i++) {
         const int64_t row = row_of(job, i);
-        const char *at = (const char *)job->q.base +
-                         row * job->q.stride * (int64_t)dtype_bytes(job->q.dtype);
+        const char *at =
+            (const char *)job->q.base + row * job->q.stride * (int64_t)dtype_bytes(job->q.dtype);
         for (int32_t w = 0; w < words; w += VL)
             vf_store_as(PBS_DTYPE_FP32, state->s.q + (int64_t)i * words + w, words - w,
                         vf_load_as(dtype, at + (size_t)w * dtype_bytes(dtype), words - w));
@@ -216,8 +216,8 @@ INLINE void store_rows(const pbs_dtype dtype, const attend_state *state) {
                         vf_mul(vf_load(state->s.acc_o + (int64_t)i * columns + d), inverse));
         if (job->lse)
             job->lse[row * job->lse_stride] =
-                sum == 0.0f ? -INFINITY : (float)(LN2 * (double)state->s.row_max[i] +
-                                                  log((double)sum));
+                sum == 0.0f ? -INFINITY
+                            : (float)(LN2 * (double)state->s.row_max[i] + log((double)sum));
     }
 }
 

@@ -49,8 +49,7 @@ INLINE void pack_k_group(const pbs_dtype dtype, const pbs_rows *k, int32_t first
             }
             vf_transpose(t);
             float *out = group + (int64_t)w * GROUP + half;
-            UNROLL for (int i = 0; i < VL; i++)
-                if (i < words - w) vf_store(out + i * GROUP, t[i]);
+            UNROLL for (int i = 0; i < VL; i++) if (i < words - w) vf_store(out + i * GROUP, t[i]);
         }
     }
 }
@@ -86,8 +85,8 @@ INLINE void pack_v_pairs(const pbs_rows *v, const pbs_pack_job *job, float *pane
         float *out = panel + (int64_t)key / 2 * GROUP;
         for (int32_t d = 0; d < job->head_dim; d += GROUP, out += group_words) {
             for (int32_t at = d; at < d + GROUP; at += VL)
-                vf_store(out + at - d, vf_load_pairs(even + 2 * at, odd + 2 * at,
-                                                     job->head_dim - at));
+                vf_store(out + at - d,
+                         vf_load_pairs(even + 2 * at, odd + 2 * at, job->head_dim - at));
         }
     }
 }
@@ -123,8 +122,8 @@ INLINE void pool_as(const pbs_dtype dtype, const pbs_rows *rows, int32_t count, 
     for (int32_t d = 0; d < head_dim; d += VL) {
         vf total = vf_load_as(PBS_DTYPE_FP32, sum + d, head_dim - d);
         for (int32_t i = 0; i < count; i++)
-            total = vf_add(total, vf_load_as(dtype, row_at(rows, i, bytes) + (size_t)d * bytes,
-                                             head_dim - d));
+            total = vf_add(
+                total, vf_load_as(dtype, row_at(rows, i, bytes) + (size_t)d * bytes, head_dim - d));
         vf_store_as(PBS_DTYPE_FP32, sum + d, head_dim - d, total);
     }
 }

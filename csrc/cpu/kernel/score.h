@@ -99,8 +99,8 @@ static void add_columns(const pbs_score_job *job, int32_t row, int32_t rows, int
         vf strip = vf_zero();
         for (int32_t r = 0; r < rows; r++) {
             const vf shift = vf_set1(-job->row_max[row + r]);
-            const vf p = vf_exp2(EXP2_FINEST,
-                                 vf_fma(vf_load(s->scores + r * SCORE_KEYS + i), scale, shift));
+            const vf p =
+                vf_exp2(EXP2_FINEST, vf_fma(vf_load(s->scores + r * SCORE_KEYS + i), scale, shift));
             strip = vf_fma(p, vf_set1(1.0f / job->row_sum[row + r]), strip);
         }
         vf_store(s->columns + i, vf_add(vf_load(s->columns + i), strip));

@@ -21,7 +21,7 @@ typedef enum exp2_degree { EXP2_COARSE = 3, EXP2_FINE = 5, EXP2_FINEST = 6 } exp
 static const float exp2_coarse[] = {0x1.fff632p-1f, 0x1.64444cp-1f, 0x1.cefc4cp-3f, 0x1.3f96a4p-4f};
 static const float exp2_fine[] = {0x1.fffffep-1f, 0x1.62e4f6p-1f, 0x1.ebd5a8p-3f,
                                   0x1.c95446p-5f, 0x1.26900cp-7f, 0x1.ec320ap-10f};
-static const float exp2_finest[] = {0x1p+0f,        0x1.62e42ap-1f,  0x1.ebfd9ep-3f, 0x1.c685p-5f,
+static const float exp2_finest[] = {0x1p+0f,      0x1.62e42ap-1f,  0x1.ebfd9ep-3f, 0x1.c685p-5f,
                                     0x1.3d28p-7f, 0x1.461954p-10f, 0x1.c72118p-13f};
 
 /* Exactly 0 below 2^-126, so no denormal (slow on some cores) ever comes out. */

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * The micro-kernel: everything that multiplies is C[rows][GROUP] (+)= A[rows][steps] B[steps][GROUP]
+ * The micro-kernel. Everything that multiplies is
+ *     C[rows][GROUP] (+)= A[rows][steps] B[steps][GROUP]
  * with A row-major, one word broadcast per step, and B one group of a panel.
  *
  *            A                  B                              C
@@ -35,7 +36,8 @@ typedef struct prefetch {
 } prefetch;
 
 INLINE void prefetch_some(prefetch *next) {
-    for (int32_t i = 0; i < next->lines_per_tile && next->at < next->end; i++, next->at += PBS_ALIGN)
+    for (int32_t i = 0; i < next->lines_per_tile && next->at < next->end;
+         i++, next->at += PBS_ALIGN)
         __builtin_prefetch(next->at, 0, 2);
 }
 
