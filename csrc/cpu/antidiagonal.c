@@ -6,12 +6,12 @@
  *
  * softmax over b, then sums (or maxima) over the query groups of a block and sums over the key
  * groups of a block. Rows and keys that do not exist count as zeros; a group exists if its first
- * row does. A query group sees the key groups that start no later than its own first row (mode
+ * row does. A query group sees the key groups that start no later than its last existing row (mode
  * NONE), or before the own segments of its block (all other modes).
  *
  * Never an (N / t)^2 matrix: one key block at a time, keeping for each (query group, key block)
  * the local maximum and the local sum of exponentials. Masses: SUM is the mean over the groups that
- * see a key, so it sums to 1; MAX the largest share that a group gives.
+ * exist, so it sums to 1 where all see a key; MAX the largest share that a group gives.
  */
 #include <math.h>
 
@@ -93,13 +93,17 @@ static void load_keys(const band *w, int32_t n) {
                      w->s.k + (int64_t)j * d->head_dim);
 }
 
+static int32_t first_row(const band *w, int32_t a) {
+    return w->first * w->job->d->block_q + a * w->stride;
+}
+
 /* Key groups [0, n) that query group a of the band sees. */
 static int32_t visible_groups(const band *w, int32_t a) {
     const pbs_strip_job *job = w->job;
     const pbs_dims *d = job->d;
-    int32_t m = w->first + a / w->per_block, row = w->first * d->block_q + a * w->stride;
+    int32_t m = w->first + a / w->per_block, row = first_row(w, a);
     if (row >= job->seq.q_len) return 0;
-    int32_t end = job->seq.q_offset + row + 1;
+    int32_t end = job->seq.q_offset + pbs_min_i32(row + w->stride, job->seq.q_len);
     if (job->p->mode != PBS_PERMUTE_NONE) end = pbs_own_start_of(job->p, d, job->seq, m);
     return pbs_ceil_div(pbs_max_i32(end, 0), w->stride);
 }
@@ -123,13 +127,13 @@ static void meet_block(const band *w, int32_t n, int32_t from) {
     }
 }
 
-/* Adds the shares of one query group to mass [cols]; 0 if it sees no key. */
-static int add_shares(const band *w, int32_t a, int32_t cols, float *mass) {
+/* Adds the shares of one query group to mass [cols]. */
+static void add_shares(const band *w, int32_t a, int32_t cols, float *mass) {
     const float *local_max = w->s.local_max + (int64_t)a * w->job->d->blocks_k;
     const float *local_sum = w->s.local_sum + (int64_t)a * w->job->d->blocks_k;
     float max = -INFINITY;
     double sum = 0.0;
-    if (visible_groups(w, a) == 0) return 0;
+    if (visible_groups(w, a) == 0) return;
     for (int32_t n = 0; n < cols; n++) max = fmaxf(max, local_max[n]);
     for (int32_t n = 0; n < cols; n++)
         if (local_sum[n] != 0.0f) sum += (double)(local_sum[n] * expf(local_max[n] - max));
@@ -138,7 +142,6 @@ static int add_shares(const band *w, int32_t a, int32_t cols, float *mass) {
         float share = (float)((double)(local_sum[n] * expf(local_max[n] - max)) / sum);
         mass[n] = w->job->p->reduce == PBS_REDUCE_MAX ? fmaxf(mass[n], share) : mass[n] + share;
     }
-    return 1;
 }
 
 static void finish_block(const band *w, int32_t m, int32_t cols) {
@@ -146,8 +149,12 @@ static void finish_block(const band *w, int32_t m, int32_t cols) {
     float *mass = job->strip->log_mass + (m - job->row_begin) * job->strip->log_mass_stride;
     int32_t groups = 0;
     for (int32_t n = 0; n < cols; n++) mass[n] = 0.0f;
-    for (int32_t a = 0; a < w->per_block; a++)
-        groups += add_shares(w, (m - w->first) * w->per_block + a, cols, mass);
+    for (int32_t i = 0; i < w->per_block; i++) {
+        int32_t a = (m - w->first) * w->per_block + i;
+        if (first_row(w, a) >= job->seq.q_len) break;
+        groups++;
+        add_shares(w, a, cols, mass);
+    }
     float each = job->p->reduce == PBS_REDUCE_SUM && groups ? 1.0f / (float)groups : 1.0f;
     for (int32_t n = 0; n < cols; n++) mass[n] = logf(mass[n] * each);
 }
