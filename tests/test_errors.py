@@ -169,6 +169,7 @@ def test_other_functions_check_too():
         workspace_size((1, 2, 600, 12), (1, 2, 600, 12), torch.float32)
 
 
+SCORE = torch.ops.pbs_attn.score
 NO_GEOMETRY = (None, None, None, None, 0, 0)
 BITS = torch.zeros(2, 4, 5, 1, dtype=torch.int32)
 
@@ -190,7 +191,7 @@ BAD_OPS = {
         lambda: ops.prefill(Q, K, K, SPARSE, tau_heads=torch.ones(3)),
         "tau_heads",
     ),
-    "isa": (lambda: torch.ops.pbs_attn.score(Q, K, *NO_GEOMETRY, 0.0, 128, 256, 0, 0, 0, 99), "isa"),
+    "isa": (lambda: SCORE(Q, K, *NO_GEOMETRY, 0.0, 128, 256, 0, 0, 0, 99), "isa"),
     "packed": (lambda: ops.attend(Q, K, K, BITS, packed=BITS.new_zeros(64).byte()), "packed"),
 }  # fmt: skip
 

@@ -10,7 +10,7 @@ import cases
 import pytest
 import torch
 from harness import bits_of, check_prefill, config_of, geometry_of, sequences_of
-from numerics import assert_close, pack
+from numerics import assert_close, low_precision_attend, pack
 
 import pbs_attn
 from pbs_attn import PBSConfig, attend, dense, env, ops, pbs_attention, reference, selection
@@ -33,7 +33,7 @@ def check_dense(out, lse, q, k, v, case=None, scale=None):
     for seq in sequences_of(q, k, v, case):
         wide = [x.double() for x in (seq.q, seq.k, seq.v)]
         exact = reference.attend(*wide, own="all", softmax_scale=scale)
-        low = reference.attend(seq.q, seq.k, seq.v, own="all", softmax_scale=scale)
+        low = low_precision_attend(seq.q, seq.k, seq.v, None, own="all", softmax_scale=scale)
         what = f"dense {case and case.name}"
         assert_close(out[seq.row, :, seq.rows], exact[0], low[0], what=what)
         if lse is not None:
@@ -54,12 +54,13 @@ def test_sparse_with_plan(case):
     for seq in sequences_of(*inputs, case):
         seqlen_q, seqlen_k = seq.q.shape[1], seq.k.shape[1]
         bits = bits_of(plan.bits, seq, SPARSE)
-        final = reference.final_blocks(bits, seqlen_q, seqlen_k)
+        place = reference.Geometry(seqlen_q, seqlen_k)
+        final = place.computed(bits)
         tq, tk = bits.shape[1:]
         assert torch.equal(mask[seq.index, :, :tq, :tk], final)
         for h in range(4):
-            want = reference.density(bits[h : h + 1], seqlen_q, seqlen_k)
-            if final.any():
+            want = reference.density(bits[h : h + 1], place)
+            if place.causal().any():
                 assert density[seq.index, h].item() == pytest.approx(want)
 
 
@@ -69,11 +70,12 @@ def test_computed_of_permuted_queries(permute):
     config = config_of(permute=permute)
     plan = pbs_attention(*inputs, config=config, return_plan=True)[1]
     bits = selection.bits_to_mask(plan.bits, plan.num_k_blocks)[0]
-    options = {"own": "segment", "row_segment": 256}
+    place = reference.Geometry(1100, 1100, row_segment=256)
     for h in range(2):
-        want = reference.density(bits[h : h + 1], 1100, 1100, **options)
-        assert plan.density()[0, h].item() == pytest.approx(want)
-        assert plan.computed()[0, h] >= plan.density()[0, h]
+        own = bits[h : h + 1]
+        assert plan.density()[0, h].item() == pytest.approx(reference.density(own, place))
+        assert plan.computed()[0, h].item() == pytest.approx(reference.computed(own, place))
+    assert (plan.computed() > plan.density()).all()
 
 
 @GEOMETRIES
@@ -127,7 +129,7 @@ def test_what_kernels_lack_goes_to_torch(head_dim, head_dim_v, dtype):
     out, lse = pbs_attention(q, k, v, config=PBSConfig(min_q=0, min_kv=0), return_lse=True)
     assert out.shape == (1, 4, 600, head_dim_v) and out.transpose(1, 2).is_contiguous()
     exact = reference.attend(q[0].double(), k[0].double(), v[0].double(), own="all")
-    low = reference.attend(q[0], k[0], v[0], own="all")
+    low = low_precision_attend(q[0], k[0], v[0], None, own="all")
     assert_close(out[0], exact[0], low[0])
     with pytest.raises(NotImplementedError, match="strict mode.*reason (dtype|head_dim)"):
         pbs_attention(q, k, v, config=SPARSE)
@@ -282,7 +284,7 @@ def check_masked(out, lse, q, k, v, mask, case=None, block_q=128, block_k=128):
         blocks = blocks.expand(max(blocks.shape[0], 1), -1, -1)
         options = {"own": "mask", "block_q": block_q, "block_k": block_k}
         exact = reference.attend(*(x.double() for x in seq[-3:]), blocks, **options)
-        low = reference.attend(*seq[-3:], blocks, **options)
+        low = low_precision_attend(*seq[-3:], blocks, **options)
         assert_close(out[seq.row, :, seq.rows], exact[0], low[0], what="attend")
         assert_close(lse[seq.row, :, seq.rows], exact[1], low[1], what="attend lse")
 

@@ -14,7 +14,7 @@ from harness import check_prefill, config_of
 from pbs_attn import attend, ops, pbs_attention
 
 MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
-BYTES = 14 * 2**30
+BYTES = 5 * 2**30
 BIG = 2**31 + 64  # elements
 
 
@@ -44,17 +44,16 @@ def spread(mapping, x, dim, stride, offset=0):
 
 
 @pytest.mark.parametrize("dim", [0, 1, 2], ids=["batch", "head", "row"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("which", ["q", "k", "v", "out"])
-def test_strides_beyond_32_bits(mapping, dim, dtype, which):
+def test_strides_beyond_32_bits(mapping, dim, which):
     batch, heads = (2, (2, 2)) if dim < 2 else (1, (1, 1))
     seqlen = 530
-    inputs = dict(cases.make_inputs(121, heads, seqlen, batch=batch, dtype=dtype)._asdict())
+    inputs = dict(
+        cases.make_inputs(121, heads, seqlen, batch=batch, dtype=torch.bfloat16)._asdict()
+    )
     config = config_of(permute="both", select="antidiagonal")
     want = pbs_attention(*inputs.values(), config=config, return_lse=True)
     stride = BIG if dim < 2 else -(-BIG // (seqlen - 1)) + 64
-    if dtype == torch.float32 and dim < 2:
-        stride = BIG  # 8 GiB apart
     shape = inputs["q"]
     if which == "out":
         out = spread(mapping, torch.zeros_like(shape), dim, stride)
@@ -78,7 +77,8 @@ def test_each_verb(mapping, verb):
         assert torch.equal(ops.score(q, far[0]), ops.score(q, k))
     elif verb == "permute":
         score = ops.score(q, k)
-        assert all(map(torch.equal, ops.permute(q, *far, score), ops.permute(q, k, v, score)))
+        got, want = ops.permute(q, *far, score), ops.permute(q, k, v, score)
+        assert all(map(torch.equal, got[:4], want[:4]))  # packed may hold gaps of any content
     else:
         mask = torch.ones(1, 1, 5, 5, dtype=torch.bool)
         assert torch.equal(attend(q, *far, mask), attend(q, k, v, mask))

@@ -45,12 +45,24 @@ def check(q, k, v, case=None, mode="keys", gqa="per_head", isa="auto", **cut):
     return k_perm, q_perm, k_pool, v_pool
 
 
+def pool_in_order(x, block_size, perm):
+    """reference.pool by fp32 sums row after row: honest arithmetic for a contract that says so."""
+    x = x.float().gather(1, perm.long()[..., None].expand_as(x))
+    means = []
+    for block in x.split(block_size, 1):
+        total = torch.zeros_like(block[:, 0])
+        for row in block.unbind(1):
+            total = total + row
+        means.append(total / max(block.shape[1], 1))
+    return torch.stack(means, 1)
+
+
 def check_pools(seq, perm, k_pool, v_pool, block_size, what):
     heads = perm.shape[0]
     for name, pool, x in (("k_pool", k_pool, seq.k), ("v_pool", v_pool, seq.v)):
         each = x.repeat_interleave(heads // x.shape[0], 0)
         exact = reference.pool(each.double(), block_size, perm)
-        low = reference.pool(each, block_size, perm)
+        low = pool_in_order(each, block_size, perm)
         got = pool[seq.index, :, : exact.shape[1]]
         if exact.shape[1]:
             assert_close(got, exact, low, what=f"{what} {name}")
@@ -121,7 +133,7 @@ def test_a_given_order_is_taken():
     given = ops.permute(q, k, v, score)[0]
     again = ops.permute(q, k, v, None, k_perm_in=given)
     direct = ops.permute(q, k, v, score)
-    assert all(map(torch.equal, again, direct))
+    assert all(map(torch.equal, again[:4], direct[:4]))  # packed may hold gaps of any content
 
 
 def test_one_segment_or_less_is_not_permuted():
