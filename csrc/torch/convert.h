@@ -7,10 +7,6 @@
 #ifndef PBS_TORCH_CONVERT_H
 #define PBS_TORCH_CONVERT_H
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -244,27 +240,13 @@ inline Tensor new_tensor(const Tensor &like, Shape shape, ScalarType dtype) {
     return torch::stable::new_empty(like, shape, dtype);
 }
 
-/* Bytes for the core's own use: packed K/V and workspaces. Above malloc's threshold every call gets
- * fresh pages, and touching them 4 KiB at a time costs a tenth of a prefill: ask for huge ones. */
-inline Tensor new_bytes(const Tensor &like, size_t bytes) {
-    Tensor memory = new_tensor(like, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-    constexpr uintptr_t HUGE_PAGE = uintptr_t{2} << 20;
-    const auto begin = reinterpret_cast<uintptr_t>(memory.mutable_data_ptr());
-    const uintptr_t first = (begin + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
-    const uintptr_t last = (begin + bytes) / HUGE_PAGE * HUGE_PAGE;
-    if (first < last) /* a hint: whether it is taken does not matter */
-        madvise(reinterpret_cast<void *>(first), last - first, MADV_HUGEPAGE);
-#endif
-    return memory;
-}
-
 /* Runs one verb: its workspace comes from torch's allocator and is gone afterwards. */
 template <class Params>
 void run(Params &p, pbs_status (*size)(const Params *, size_t *),
          pbs_status (*verb)(const Params *), const Tensor &like, Threads &threads) {
     check(size(&p, &p.workspace_bytes));
-    Tensor memory = new_bytes(like, p.workspace_bytes);
+    const auto bytes = static_cast<int64_t>(p.workspace_bytes);
+    Tensor memory = new_tensor(like, {bytes}, ScalarType::Byte);
     p.workspace = memory.mutable_data_ptr(); /* of any alignment */
     check(verb(&p));
     if (threads.failed)

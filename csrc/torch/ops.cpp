@@ -72,7 +72,7 @@ permute(Tensor q, Tensor k, Tensor v, OptTensor score, OptTensor k_perm_in, OptT
     p.k_pool = static_cast<float *>(data_of(k_pool));
     p.v_pool = static_cast<float *>(data_of(v_pool));
     if (pack) check(pbs_kv_packed_bytes(&p, &p.packed_bytes));
-    Tensor packed = new_bytes(q, p.packed_bytes);
+    Tensor packed = new_tensor(q, {static_cast<int64_t>(p.packed_bytes)}, ScalarType::Byte);
     p.packed = pack ? data_of(packed) : nullptr;
     run(p, pbs_permute_workspace_size, pbs_permute, q, threads);
     return {k_perm, q_perm, k_pool, v_pool, packed};
