@@ -29,13 +29,12 @@ static pbs_status check_same_dtype(const char *name, pbs_dtype given, pbs_dtype 
 static pbs_status check_mode(pbs_permute_mode mode, int32_t block, int32_t *segment, pbs_dims *d) {
     PBS_TRY(pbs_check_enum("mode", (int)mode, 5));
     PBS_TRY(pbs_check_blocks("block_size", block, "block_size", block, d));
-    if (mode == PBS_PERMUTE_NONE)
-        *segment = block;
+    if (mode == PBS_PERMUTE_NONE) *segment = block;
     return pbs_check_segment(*segment, block, d);
 }
 
-pbs_status pbs_check_score(const pbs_score_params *params, pbs_check_mode mode,
-                           pbs_score_params *p, pbs_dims *d) {
+pbs_status pbs_check_score(const pbs_score_params *params, pbs_check_mode mode, pbs_score_params *p,
+                           pbs_dims *d) {
     PBS_TRY(pbs_check_struct(params, UP_TO(pbs_score_params, exec), p, sizeof *p));
     PBS_TRY(pbs_check_enum("order", (int)p->order, 4));
     int reads = running(mode) && p->order != PBS_ORDER_RANDOM;
@@ -165,8 +164,8 @@ pbs_status pbs_check_attend(const pbs_attend_params *params, pbs_check_mode mode
     PBS_TRY(pbs_check_exec(&p->exec));
     if (!running(mode)) return PBS_OK;
     if (p->own != PBS_OWN_ALL)
-        PBS_TRY(pbs_check_pointer("bits", p->bits,
-                                  empty(d) || !d->blocks_q ? 0 : (int64_t)d->words));
+        PBS_TRY(
+            pbs_check_pointer("bits", p->bits, empty(d) || !d->blocks_q ? 0 : (int64_t)d->words));
     PBS_TRY(pbs_check_output("out", &p->out, d, d->head_dim, p->q.dtype));
     if (p->lse.data) PBS_TRY(pbs_check_output("lse", &p->lse, d, 1, PBS_DTYPE_FP32));
     return pbs_check_query_perm("q_perm", p->q_perm, d);

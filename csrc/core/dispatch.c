@@ -118,7 +118,8 @@ pbs_status pbs_score_strip(const pbs_select_params *params, int32_t batch, int32
     if (strip->cols != d.blocks_k)
         return pbs_fail(PBS_ERR_SHAPE, "strip.cols: %d; %d is needed", strip->cols, d.blocks_k);
     if (strip->log_mass_stride < d.blocks_k || strip->eligible_stride < d.words)
-        return pbs_fail(PBS_ERR_STRIDE, "strip: strides %lld and %lld; at least %d and %d are needed",
+        return pbs_fail(PBS_ERR_STRIDE,
+                        "strip: strides %lld and %lld; at least %d and %d are needed",
                         (long long)strip->log_mass_stride, (long long)strip->eligible_stride,
                         d.blocks_k, d.words);
     if (d.words && strip->rows && (!strip->log_mass || !strip->eligible))

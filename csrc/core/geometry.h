@@ -83,7 +83,7 @@ PBS_HD int32_t pbs_own_end(pbs_seq s, int32_t m, int32_t block_q, int32_t row_se
     return pbs_visible_keys(s, segment, row_segment);
 }
 
-/* Causal key blocks of query block m: the 100% of density. T (T + 1) / 2 over a one-shot prefill. */
+/* Causal key blocks of query block m: 100% of density. T (T + 1) / 2 over a one-shot prefill. */
 PBS_HD int32_t pbs_causal_blocks(pbs_seq s, int32_t m, int32_t block_q, int32_t block_k) {
     return pbs_ceil_div(pbs_visible_keys(s, m, block_q), block_k);
 }

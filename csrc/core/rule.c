@@ -22,7 +22,9 @@ typedef struct row {
     uint32_t *bits;
 } row;
 
-static int is_eligible(const row *r, int32_t n) { return (int)(r->eligible[n / 32] >> (n % 32) & 1); }
+static int is_eligible(const row *r, int32_t n) {
+    return (int)(r->eligible[n / 32] >> (n % 32) & 1);
+}
 
 static void keep(const row *r, int32_t n) { r->bits[n / 32] |= UINT32_C(1) << (n % 32); }
 
@@ -122,8 +124,7 @@ static pbs_status check_strip(pbs_rule rule, float tau, const pbs_strip *strip,
         return pbs_fail(PBS_ERR_SHAPE, "strip: %d rows, %d cols; 0 or more is allowed", strip->rows,
                         strip->cols);
     int32_t words = pbs_ceil_div(strip->cols, 32);
-    if (strip->rows > 1 &&
-        (strip->log_mass_stride < strip->cols || strip->eligible_stride < words))
+    if (strip->rows > 1 && (strip->log_mass_stride < strip->cols || strip->eligible_stride < words))
         return pbs_fail(PBS_ERR_STRIDE,
                         "strip: strides %lld and %lld; at least %d and %d are needed",
                         (long long)strip->log_mass_stride, (long long)strip->eligible_stride,

@@ -13,10 +13,10 @@
 /* Keeps the sentence for pbs_last_error of this thread and returns status. */
 pbs_status pbs_fail(pbs_status status, const char *format, ...) PBS_PRINTF_LIKE;
 
-#define PBS_TRY(call)                                  \
-    do {                                               \
-        pbs_status pbs_try_status = (call);            \
-        if (pbs_try_status) return pbs_try_status;     \
+#define PBS_TRY(call)                              \
+    do {                                           \
+        pbs_status pbs_try_status = (call);        \
+        if (pbs_try_status) return pbs_try_status; \
     } while (0)
 
 #endif /* PBS_CORE_STATUS_H */

@@ -33,9 +33,9 @@ typedef struct scratch {
 typedef struct band {
     const pbs_strip_job *job;
     scratch s;
-    int32_t first, blocks;  /* query blocks [first, first + blocks) */
-    int32_t per_block;      /* groups in a block, B / t */
-    int32_t stride, depth;  /* t, t D */
+    int32_t first, blocks; /* query blocks [first, first + blocks) */
+    int32_t per_block;     /* groups in a block, B / t */
+    int32_t stride, depth; /* t, t D */
 } band;
 
 static int32_t blocks_per_band(const pbs_select_params *p, const pbs_dims *d) {
@@ -178,7 +178,6 @@ void pbs_antidiagonal_strip(const pbs_strip_job *job) {
             meet_block(&w, n, from * w.per_block);
         }
         for (int32_t i = 0; i < w.blocks; i++)
-            finish_block(&w, w.first + i,
-                         pbs_eligible_blocks(job->p, d, job->seq, w.first + i));
+            finish_block(&w, w.first + i, pbs_eligible_blocks(job->p, d, job->seq, w.first + i));
     }
 }

@@ -28,17 +28,15 @@ static size_t cut(attend_run *run, void *workspace) {
     pbs_arena arena = pbs_arena_at(workspace);
     size_t scratch = run->k->attend_scratch(d->head_dim, d->block_q);
     run->scratch_bytes = (scratch + PBS_ALIGN - 1) / PBS_ALIGN * PBS_ALIGN;
-    run->scratch =
-        (char *)pbs_arena_take(&arena, run->p->exec.num_threads, 1, run->scratch_bytes);
+    run->scratch = (char *)pbs_arena_take(&arena, run->p->exec.num_threads, 1, run->scratch_bytes);
     run->order = (int64_t *)pbs_arena_take(&arena, (int64_t)d->batch * d->heads_q, d->blocks_q,
                                            sizeof(int64_t));
-    run->start =
-        (int64_t *)pbs_arena_take(&arena, (int64_t)d->blocks_k + 2, 1, sizeof(int64_t));
+    run->start = (int64_t *)pbs_arena_take(&arena, (int64_t)d->blocks_k + 2, 1, sizeof(int64_t));
     run->all = (uint32_t *)pbs_arena_take(&arena, d->words, 1, sizeof(uint32_t));
     run->packed = (const pbs_packed *)run->p->packed;
     if (!run->p->packed) {
-        run->own = (pbs_packed *)pbs_arena_take(&arena, 1, 1,
-                                                pbs_packed_layout(d, 0, run->k, &header));
+        run->own =
+            (pbs_packed *)pbs_arena_take(&arena, 1, 1, pbs_packed_layout(d, 0, run->k, &header));
         run->packed = run->own;
     }
     return pbs_arena_bytes(&arena);
@@ -70,16 +68,17 @@ pbs_status pbs_cpu_check_packed(const pbs_attend_params *p, const pbs_dims *d,
                         bytes);
     if (!header->any_permuted) return PBS_OK;
     if (p->own == PBS_OWN_BLOCK)
-        return pbs_fail(PBS_ERR_VALUE,
-                        "own: BLOCK (1), but packed holds permuted keys; SEGMENT or NONE is needed");
+        return pbs_fail(
+            PBS_ERR_VALUE,
+            "own: BLOCK (1), but packed holds permuted keys; SEGMENT or NONE is needed");
     if (header->own_only && (p->own == PBS_OWN_MASK || p->own == PBS_OWN_ALL))
         return pbs_fail(PBS_ERR_VALUE,
                         "own: %d, but packed holds the history in permuted order only",
                         (int)p->own);
     int segments = p->own == PBS_OWN_SEGMENT || p->own == PBS_OWN_NONE;
     if (segments && header->segment_size != d->segment_size)
-        return pbs_fail(PBS_ERR_VALUE, "segment_size: %d; packed was made with %d",
-                        d->segment_size, header->segment_size);
+        return pbs_fail(PBS_ERR_VALUE, "segment_size: %d; packed was made with %d", d->segment_size,
+                        header->segment_size);
     return PBS_OK;
 }
 
@@ -145,8 +144,8 @@ static void attend_item(void *context, int64_t item, int32_t slot) {
     pbs_seq s = pbs_dims_seq(d, b);
     span sp = span_of(run, s, m);
     const char *natural = pbs_natural_panels(run->packed, d, b, hk);
-    int permuted = p->own != PBS_OWN_MASK && p->own != PBS_OWN_ALL &&
-                   pbs_packed_heads(run->packed)[hp];
+    int permuted =
+        p->own != PBS_OWN_MASK && p->own != PBS_OWN_ALL && pbs_packed_heads(run->packed)[hp];
     pbs_attend_job job = {
         .q = query_rows(run, s, b, hq, first),
         .row_begin = first,

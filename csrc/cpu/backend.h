@@ -28,10 +28,10 @@ typedef struct pbs_rows {
 } pbs_rows;
 
 typedef struct pbs_pack_job {
-    pbs_rows k;       /* rows [0, count) are packed */
-    pbs_rows v;       /* base NULL: the V part is not written */
-    int32_t count;    /* 0..keys */
-    int32_t keys;     /* panel keys: 64 or 128 */
+    pbs_rows k;    /* rows [0, count) are packed */
+    pbs_rows v;    /* base NULL: the V part is not written */
+    int32_t count; /* 0..keys */
+    int32_t keys;  /* panel keys: 64 or 128 */
     int32_t head_dim;
     void *panel;
 } pbs_pack_job;
@@ -74,14 +74,14 @@ typedef struct pbs_attend_job {
     int64_t out_stride; /* elements */
     float *lse;         /* sequence's first row, or NULL; row r at lse + r * lse_stride */
     int64_t lse_stride;
-    void *scratch;      /* attend_scratch() bytes, 64-byte aligned */
+    void *scratch; /* attend_scratch() bytes, 64-byte aligned */
 } pbs_attend_job;
 
 typedef struct pbs_cpu_kernels {
     pbs_isa isa;
     const char *name;
-    int (*runs_here)(void);             /* this CPU and OS can execute the table */
-    int (*takes)(pbs_dtype dtype);      /* worth choosing for this dtype (bf16 dot: bf16 only) */
+    int (*runs_here)(void);        /* this CPU and OS can execute the table */
+    int (*takes)(pbs_dtype dtype); /* worth choosing for this dtype (bf16 dot: bf16 only) */
 
     size_t (*panel_bytes)(int32_t head_dim, int32_t keys); /* multiple of 64; K then V */
     void (*pack)(const pbs_pack_job *job);

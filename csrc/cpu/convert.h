@@ -40,7 +40,7 @@ static inline float pbs_fp16_to_fp32(uint16_t h) {
 
 static inline uint16_t pbs_fp32_to_fp16(float x) {
     uint32_t u = pbs_bits_of_float(x), sign = u >> 16 & 0x8000, a = u & 0x7fffffffu;
-    if (a > 0x7f800000u) return (uint16_t)(sign | 0x7e00); /* NaN */
+    if (a > 0x7f800000u) return (uint16_t)(sign | 0x7e00);  /* NaN */
     if (a >= 0x477ff000u) return (uint16_t)(sign | 0x7c00); /* rounds to infinity */
     if (a < 0x38800000u) { /* subnormal: adding 0.5 lets the FPU round at 2^-24 */
         float shifted = pbs_float_from_bits(a) + 0.5f;

@@ -16,7 +16,8 @@
 static const pbs_cpu_kernels *table_of(pbs_isa isa) {
     switch ((int)isa) {
 #define PBS_CPU_ISA(isa_, table, name) \
-    case isa_: return table.runs_here() ? &table : NULL;
+    case isa_:                         \
+        return table.runs_here() ? &table : NULL;
 #include "isa_list.inc"
 #undef PBS_CPU_ISA
     default: return NULL;

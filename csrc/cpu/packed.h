@@ -109,8 +109,8 @@ static inline pbs_rows pbs_rows_from(pbs_rows rows, int32_t first) {
     if (rows.index)
         rows.index += first;
     else
-        rows.base = (const char *)rows.base +
-                    first * rows.stride * (int64_t)pbs_dtype_size(rows.dtype);
+        rows.base =
+            (const char *)rows.base + first * rows.stride * (int64_t)pbs_dtype_size(rows.dtype);
     return rows;
 }
 

@@ -23,8 +23,8 @@ static size_t cut(permute_run *run, void *workspace) {
     const pbs_dims *d = run->d;
     pbs_arena arena = pbs_arena_at(workspace);
     /* Taken even if the caller wants k_perm: sizes may be asked for before outputs exist. */
-    run->k_perm =
-        (int32_t *)pbs_arena_take(&arena, (int64_t)d->batch * d->heads_p, d->max_k, sizeof(int32_t));
+    run->k_perm = (int32_t *)pbs_arena_take(&arena, (int64_t)d->batch * d->heads_p, d->max_k,
+                                            sizeof(int32_t));
     if (run->p->k_perm) run->k_perm = run->p->k_perm;
     run->segments = pbs_ceil_div(d->max_k, d->segment_size);
     if (pbs_permutes_queries(run->p->mode)) {

@@ -11,8 +11,9 @@ typedef struct pbs_query_segment {
     pbs_rows k; /* the sequence's keys, with k_perm as index if the centroids are permuted */
     int32_t first_row;
     int32_t first_key;
-    int32_t *q_perm; /* of the sequence and head; [first_row, first_row + segment_size) is written */
-    void *scratch;   /* pbs_permute_queries_scratch() bytes */
+    int32_t
+        *q_perm;   /* of the sequence and head; [first_row, first_row + segment_size) is written */
+    void *scratch; /* pbs_permute_queries_scratch() bytes */
 } pbs_query_segment;
 
 size_t pbs_permute_queries_scratch(const pbs_dims *dims);

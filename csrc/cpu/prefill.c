@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * prefill = score, permute, select, attend on one wave of K/V heads after another. A wave is a
- * rectangle of the call: all heads of some sequences, or some K/V heads of one. Each verb sees it as
- * a smaller call on the same memory, so the result is what the four verbs give, bit for bit.
+ * rectangle of the call: all heads of some sequences, or some K/V heads of one. Each verb sees it
+ * as a smaller call on the same memory, so the result is what the four verbs give, bit for bit.
  */
 #include "cpu.h"
 #include "packed.h"

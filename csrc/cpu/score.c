@@ -43,8 +43,7 @@ static size_t cut(score_run *run, void *workspace) {
     run->probe = (float *)pbs_arena_take(&arena, heads, d->head_dim, row);
     run->row_max = (float *)pbs_arena_take(&arena, heads, run->chunks + 1, row);
     run->row_sum = (float *)pbs_arena_take(&arena, heads, run->chunks + 1, row);
-    run->scratch =
-        (char *)pbs_arena_take(&arena, run->p->exec.num_threads, 1, run->scratch_bytes);
+    run->scratch = (char *)pbs_arena_take(&arena, run->p->exec.num_threads, 1, run->scratch_bytes);
     return pbs_arena_bytes(&arena);
 }
 

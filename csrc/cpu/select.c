@@ -31,7 +31,8 @@ typedef struct slot {
 static size_t method_scratch(const pbs_select_params *p, const pbs_dims *d) {
     switch (p->method) {
 #define PBS_SELECT_METHOD(method, scratch_bytes, strip_fn) \
-    case method: return scratch_bytes(p, d);
+    case method:                                           \
+        return scratch_bytes(p, d);
 #include "select_methods.inc"
 #undef PBS_SELECT_METHOD
     }
@@ -41,7 +42,9 @@ static size_t method_scratch(const pbs_select_params *p, const pbs_dims *d) {
 static void method_strip(const pbs_strip_job *job) {
     switch (job->p->method) {
 #define PBS_SELECT_METHOD(method, scratch_bytes, strip_fn) \
-    case method: strip_fn(job); break;
+    case method:                                           \
+        strip_fn(job);                                     \
+        break;
 #include "select_methods.inc"
 #undef PBS_SELECT_METHOD
     }
@@ -105,8 +108,7 @@ static int32_t finish_row(const select_run *run, pbs_seq s, int32_t m, int32_t f
                           uint32_t *bits) {
     const pbs_dims *d = run->d;
     int32_t history = 0;
-    if (m * d->block_q < s.q_len)
-        history = pbs_own_start_of(run->p, d, s, m) / d->block_k;
+    if (m * d->block_q < s.q_len) history = pbs_own_start_of(run->p, d, s, m) / d->block_k;
     if (history > 0) bits[first / 32] |= UINT32_C(1) << (first % 32);
     for (int32_t w = 0; w < d->words; w++) bits[w] &= pbs_bits_below(history, w);
     return pbs_count_bits(bits, history);
@@ -147,8 +149,7 @@ static void strip_item(void *context, int64_t item, int32_t thread) {
                    mine.rule);
     int32_t first = s.kv_len > 0 ? first_block(run, b, hq) : 0;
     for (int32_t r = 0; r < strip.rows; r++)
-        p->count[row + r] =
-            finish_row(run, s, row_begin + r, first, bits + (int64_t)r * d->words);
+        p->count[row + r] = finish_row(run, s, row_begin + r, first, bits + (int64_t)r * d->words);
 }
 
 void pbs_cpu_select(const pbs_select_params *p, const pbs_dims *d, const pbs_cpu_kernels *k) {

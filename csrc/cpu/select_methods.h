@@ -37,7 +37,7 @@ static inline int32_t pbs_eligible_blocks(const pbs_select_params *p, const pbs_
     return pbs_own_start_of(p, d, s, m) / d->block_k;
 }
 
-#define PBS_SELECT_METHOD(method, scratch_bytes, strip_fn)                      \
+#define PBS_SELECT_METHOD(method, scratch_bytes, strip_fn)                       \
     size_t scratch_bytes(const pbs_select_params *params, const pbs_dims *dims); \
     void strip_fn(const pbs_strip_job *job);
 #include "select_methods.inc"

@@ -62,7 +62,7 @@ INLINE void vf_transpose(vf rows[VL]) {
 }
 
 INLINE __mmask16 vf_first(int64_t n) {
-    return n >= VL ? (__mmask16)0xffff : n > 0 ? (__mmask16)((1u << n) - 1u) : (__mmask16)0;
+    return (__mmask16)(n >= VL ? 0xffffu : n > 0 ? (1u << n) - 1u : 0u);
 }
 
 INLINE vf vf_load_as(pbs_dtype dtype, const void *at, int64_t n) {

@@ -52,8 +52,7 @@ template <class Enum> Enum to_enum(const char *name, int64_t value) {
 
 template <class Sizes> std::string to_text(const Sizes &sizes) {
     std::string text;
-    for (int64_t size : sizes)
-        text += (text.empty() ? "" : ", ") + std::to_string(size);
+    for (int64_t size : sizes) text += (text.empty() ? "" : ", ") + std::to_string(size);
     return "[" + text + "]";
 }
 
