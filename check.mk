@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+# The C core and its tests with nothing but `cc`: no torch, no Python. Included by Makefile; also
+# `make -f check.mk check`. Objects lie in build/check-<compiler>[-san].
+
+CHECK_WARN := -Wall -Wextra -Wconversion -Wshadow -Wstrict-prototypes -Werror
+CHECK_FLAGS := -std=c11 -ffp-contract=off -Icsrc -Icsrc/include $(CHECK_WARN)
+CHECK_SAN := -O1 -g -DPBS_TEST_THIN=3 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
+CHECK_LIB := $(wildcard csrc/core/*.c csrc/cpu/*.c)
+CHECK_TESTS := $(wildcard tests/c/*.c)
+CHECK_DEPS := $(wildcard csrc/*/*.h csrc/*/*.inc csrc/*/*/*.h tests/c/*.h) check.mk
+CHECK_CLANG ?= $(firstword $(foreach c,clang clang-19 clang-18 clang-17 clang-16 clang-15 clang-14,\
+	$(shell command -v $(c) 2>/dev/null)))
+CHECK_GCC ?= $(firstword $(shell command -v gcc 2>/dev/null))
+
+# What a file's instruction set needs, by its name. Emulated vector units are plain C, but so much
+# of it, all inlined, that optimising costs more time than it saves: $2 is what they get instead.
+ifeq ($(shell uname -m),x86_64)
+CHECK_AVX512 := -mavx512f -mavx512bw -mavx512dq -mavx512vl
+check_isa = $(if $(findstring emu_,$1),$2,$(if $(findstring avx512bf16,$1),$(CHECK_AVX512) \
+	-mavx512bf16,$(if $(findstring avx512,$1),$(CHECK_AVX512),$(if $(findstring avx2,$1),-mavx2 \
+	-mfma -mf16c))))
+else
+CHECK_LIB := $(filter-out csrc/cpu/isa_avx%.c,$(CHECK_LIB))
+check_isa = $(if $(findstring emu_,$1),$2)
+endif
+
+# check_build NAME, COMPILER, FLAGS, FLAGS OF EMULATED: rules for one build in build/check-NAME.
+define check_build
+build/check-$1/%.o: %.c $$(CHECK_DEPS)
+	@mkdir -p $$(@D)
+	$2 $$(CHECK_FLAGS) $3 $$(call check_isa,$$(notdir $$*),$4) -c $$< -o $$@
+
+build/check-$1/pbs_tests: $$(addprefix build/check-$1/,$$(CHECK_LIB:.c=.o) $$(CHECK_TESTS:.c=.o))
+	$2 $3 $$^ -lm -lpthread -o $$@
+
+build/check-$1/prefill: $$(addprefix build/check-$1/,$$(CHECK_LIB:.c=.o) examples/prefill.o)
+	$2 $3 $$^ -lm -o $$@
+
+.PHONY: check-run-$1
+check-run-$1: build/check-$1/pbs_tests build/check-$1/prefill
+	@build/check-$1/pbs_tests $$(CHECK_ARGS)
+	@build/check-$1/prefill 1000 >build/check-$1/prefill.txt || { cat build/check-$1/prefill.txt; exit 1; }
+endef
+
+$(eval $(call check_build,gcc,$(CHECK_GCC),-O2,-O1))
+$(eval $(call check_build,clang,$(CHECK_CLANG),-O2,-O1))
+$(eval $(call check_build,san,$(or $(CHECK_GCC),$(CHECK_CLANG)),$(CHECK_SAN),-O0))
+
+.PHONY: check check-gcc check-clang check-san
+check: check-gcc check-clang check-san ## the C core and its tests: gcc, clang, sanitizers
+
+# A compiler that is not there: one loud line for a user, an error for CI.
+check_missing = echo "*** $1: not found, its checks were NOT run ***" >&2; test "$$CI" != 1
+
+check-gcc: ## the same, gcc alone
+	@$(if $(CHECK_GCC),$(MAKE) --no-print-directory -s -j$(shell nproc) -f check.mk check-run-gcc,$(call check_missing,gcc))
+
+check-clang: ## the same, clang alone
+	@$(if $(CHECK_CLANG),$(MAKE) --no-print-directory -s -j$(shell nproc) -f check.mk check-run-clang,$(call check_missing,clang))
+
+check-san: ## the same under the address and undefined-behaviour sanitizers
+	@$(if $(or $(CHECK_GCC),$(CHECK_CLANG)),$(MAKE) --no-print-directory -s -j$(shell nproc) -f check.mk check-run-san,$(call check_missing,cc))
