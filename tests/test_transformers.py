@@ -301,6 +301,23 @@ def test_training_goes_dense_and_keeps_its_gradients(length, reason):
 
 
 @pytest.mark.tf457
+def test_training_on_a_prefix_sees_the_prefix():
+    """Here sdpa gets a mask of ours: its own causal mask would stand at the top left."""
+    ids = tiny.prompt(330)
+    model = tiny.build("llama")
+    past = {"use_cache": True}
+
+    def call(model):
+        prefix = model(ids[:, :300], **past).past_key_values
+        with torch.enable_grad():
+            return model(ids[:, 300:], past_key_values=prefix, **past).logits.detach()
+
+    logits, calls = patched(model, call)
+    assert calls.calls == {"pbs": 2, "dense": 2} and calls.reasons == {"grad": 2}
+    torch.testing.assert_close(logits, call(model), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.tf457
 def test_dropout_goes_dense():
     model = tiny.build("llama", attention_dropout=0.5)
     model.train()
@@ -328,3 +345,20 @@ def test_an_encoder_with_padding_runs_dense():
     assert calls.calls["pbs"] == 0 and set(calls.reasons) == {"non_causal"}
     real = mask.bool()
     torch.testing.assert_close(hidden[real], expected[real], rtol=1e-4, atol=1e-4)
+
+
+def test_a_position_bias_is_added():
+    """T5: biases in both stacks, the decoder's on a causal call."""
+    pbs_attn.register("pbs_attn_t5", CONFIG)
+    sizes = {"vocab_size": 96, "d_model": 32, "d_kv": 16, "d_ff": 48, "num_heads": 2}
+    config = transformers.T5Config(**sizes, num_layers=1, decoder_start_token_id=0)
+    config._attn_implementation = "eager"
+    model = tiny.randomize(transformers.T5Model(config), 0)
+    inputs = {"input_ids": tiny.prompt(280), "decoder_input_ids": tiny.prompt(290, seed=7)}
+    expected = model(**inputs).last_hidden_state
+    model.set_attn_implementation("pbs_attn_t5")
+    with pbs_attn.record() as calls:
+        hidden = model(**inputs).last_hidden_state
+    # the encoder's own layer and the cross attention; the decoder's own layer
+    assert calls.reasons == {"non_causal": 2, "position_bias": 1} and calls.calls["pbs"] == 0
+    torch.testing.assert_close(hidden, expected, rtol=1e-4, atol=1e-4)

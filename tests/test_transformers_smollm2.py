@@ -36,5 +36,5 @@ def test_smollm2_patched_equals_dense():
     )
     print(f"largest change of a logit {(logits - expected).abs().max():.2e}, "
           f"of a token's loss {(loss - expected_loss).abs().max():.2e}")  # fmt: skip
-    assert (loss - expected_loss).abs().max() < 2e-4
-    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=2e-3)
+    assert (loss - expected_loss).abs().max() < 1e-4
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=5e-4)
