@@ -201,7 +201,7 @@ def check_loss(text, length, say, limits):
 
 def test_loss(say):
     """Wiring and masks: with all layers sparse the model still reads as well, almost."""
-    check_loss("demo", 4096, say, {0.9: 0.025, 0.99: 0.005})
+    check_loss("demo", 4096, say, {0.9: 0.035, 0.99: 0.005})
 
 
 @pytest.mark.long

@@ -246,8 +246,9 @@ def main(args):
     }
     print(f"model    {args.model}, {dtype}, {model.num_parameters() / 1e6:,.0f} M parameters")
     print(f"text     {name}: {ids.shape[1]:,} tokens")
+    kernels = "reference.py" if info["backend"] == "ref" else info["isa"].get(dtype, "none")
     print(f"machine  {cpu_name()}, {torch.get_num_threads()} threads, "
-          f"kernels {info['isa'].get(dtype, '?')}, torch {torch.__version__}")  # fmt: skip
+          f"kernels {kernels}, torch {torch.__version__}")  # fmt: skip
     sys.stdout.flush()
     return _measure_all(model, tokenizer, ids, chosen, args, progress, document)
 
