@@ -32,8 +32,8 @@ help: ## this list
 demo: build $(VENV)/.demo ## a real model on a real text, dense and sparse side by side
 	$(OFFLINE) $(PY) -m pbs_attn run $(DEMO_ARGS)
 
-test: ## everything: format, C checks, build, symbols, pytest, demo, examples
-	@tools/phases lint check build symbols unit tf457 demo-short examples
+test: ## everything: format, C checks, build, symbols, pytest (with the examples), demo
+	@tools/phases lint check build symbols unit tf457 demo-short
 
 test-long: build $(VENV)/.dev ## the tests that take minutes
 	$(OFFLINE) $(PY) -m pytest -m long $(PYTEST_ARGS)

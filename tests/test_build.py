@@ -174,7 +174,12 @@ def test_symbol_check_catches_what_it_is_for():
 
 
 def run_in(folder, code, python=sys.executable):
-    """Run code where the package that is imported is the one in folder."""
+    """Run code where the package that is imported is the one in folder, whole."""
+    # An editable install would find what the folder lacks in the checkout.
+    code = (
+        "import sys\n"
+        "sys.meta_path = [f for f in sys.meta_path if '__editable__' not in str(f)]\n" + code
+    )
     env = {**os.environ, "PYTHONPATH": str(folder)}
     argv = [python, "-c", code]
     return subprocess.run(argv, cwd=folder, env=env, capture_output=True, text=True)
