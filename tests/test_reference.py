@@ -13,6 +13,15 @@ SMALL = {"block_size": B, "segment_size": S}
 PAIRS = ((1, 1), (3, 3), (16, 16), (17, 17), (29, 29), (5, 29), (9, 20), (29, 13), (10, 8), (8, 0))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tensors of some dozens of numbers: threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def inputs(seed, heads=(2, 1), seqlen_q=29, seqlen_k=None, head_dim=8):
     x = cases.make_inputs(seed, heads, seqlen_q, seqlen_k, head_dim, torch.float64)
     return x.q[0], x.k[0], x.v[0]
