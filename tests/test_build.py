@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import pbs_attn
 from pbs_attn import _load
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -221,26 +220,22 @@ def test_one_library_for_every_python(tmp_path, version, python):
     assert done.stdout.startswith(f"{C.abi_version()} {C.isa()} ")
 
 
-def test_missing_library_names_the_cure(tmp_path):
+def copy_package(folder):
+    """pbs_attn without its library."""
     ignore = shutil.ignore_patterns("*.so", "__pycache__")
-    shutil.copytree(Path(pbs_attn.__file__).parent, tmp_path / "pbs_attn", ignore=ignore)
-    code = (
-        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import pbs_attn._load as l; l.load()"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    return Path(shutil.copytree(ROOT / "pbs_attn", folder / "pbs_attn", ignore=ignore))
+
+
+def test_missing_library_names_the_cure(tmp_path):
+    copy_package(tmp_path)
+    done = run_in(tmp_path, "import pbs_attn")
     assert done.returncode != 0
     assert "pbs_attn is not built" in done.stderr and "make build" in done.stderr
 
 
 def test_library_for_another_platform_names_the_cure(tmp_path):
-    ignore = shutil.ignore_patterns("*.so", "__pycache__")
-    package = tmp_path / "pbs_attn"
-    shutil.copytree(Path(pbs_attn.__file__).parent, package, ignore=ignore)
-    (package / "_C.abi3.so").write_bytes(b"\x7fELF of another machine")
-    code = (
-        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import pbs_attn._load as l; l.load()"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    (copy_package(tmp_path) / "_C.abi3.so").write_bytes(b"\x7fELF of another machine")
+    done = run_in(tmp_path, "import pbs_attn")
     assert done.returncode != 0
     assert "build it again here" in done.stderr
 
