@@ -49,12 +49,12 @@ def _score(
 
 def _permute(
     q, k, v, score, k_perm_in, permute_heads, q_start, q_len, kv_start, kv_len, max_seqlen_q,
-    max_seqlen_k, block_size, segment_size, gqa, mode, pack, isa=0,
+    max_seqlen_k, block_size, segment_size, gqa, permute_mode, pack, isa=0,
 ):  # fmt: skip
     vectors = (q_start, q_len, kv_start, kv_len)
     s = _Sizes(q, k, vectors, max_seqlen_q, max_seqlen_k, gqa)
     k_perm = q.new_empty(s.num, s.num_perms, s.max_k, dtype=torch.int32)
-    rows = s.max_q if mode in _QUERY_MODES else 0
+    rows = s.max_q if permute_mode in _QUERY_MODES else 0
     q_perm = q.new_empty(s.num, s.num_heads, rows, dtype=torch.int32)
     pool_shape = (s.num, s.num_perms, ceil_div(s.max_k, block_size), s.head_dim)
     pools = [q.new_empty(pool_shape, dtype=torch.float32) for _ in range(2)]
@@ -62,15 +62,15 @@ def _permute(
     if pack:
         packed_bytes = _load.kv_packed_bytes(
             int(s.num), int(s.num_heads), int(s.num_heads_k), int(s.max_q), int(s.max_k),
-            int(s.head_dim), q.dtype, block_size, segment_size, gqa, mode, isa,
+            int(s.head_dim), q.dtype, block_size, segment_size, gqa, permute_mode, isa,
         )  # fmt: skip
     return k_perm, q_perm, *pools, q.new_empty(packed_bytes, dtype=torch.uint8)
 
 
 def _select(
     q, k, k_pool, k_perm, q_perm, tau_heads, q_start, q_len, kv_start, kv_len, max_seqlen_q,
-    max_seqlen_k, softmax_scale, block_size, segment_size, gqa, mode, method, stride, reduce,
-    rule, tau, return_mass, isa=0,
+    max_seqlen_k, softmax_scale, block_size, segment_size, gqa, permute_mode, method, stride,
+    reduce, rule, tau, return_mass, isa=0,
 ):  # fmt: skip
     vectors = (q_start, q_len, kv_start, kv_len)
     s = _Sizes(q, k, vectors, max_seqlen_q, max_seqlen_k)
@@ -91,8 +91,8 @@ def _attend(
 
 def _prefill(
     q, k, v, k_perm_in, permute_heads, tau_heads, q_start, q_len, kv_start, kv_len, max_seqlen_q,
-    max_seqlen_k, softmax_scale, block_size, segment_size, gqa, mode, order, seed, method, stride,
-    reduce, rule, tau, return_lse, return_plan, isa=0,
+    max_seqlen_k, softmax_scale, block_size, segment_size, gqa, permute_mode, order, seed, method,
+    stride, reduce, rule, tau, return_lse, return_plan, isa=0,
 ):  # fmt: skip
     vectors = (q_start, q_len, kv_start, kv_len)
     s = _Sizes(q, k, vectors, max_seqlen_q, max_seqlen_k, gqa)

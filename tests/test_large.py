@@ -78,7 +78,7 @@ def test_each_verb(mapping, verb):
     elif verb == "permute":
         score = ops.score(q, k)
         got, want = ops.permute(q, *far, score), ops.permute(q, k, v, score)
-        assert all(map(torch.equal, got[:4], want[:4]))  # packed may hold gaps of any content
+        assert all(map(torch.equal, got, want))
     else:
         mask = torch.ones(1, 1, 5, 5, dtype=torch.bool)
         assert torch.equal(attend(q, *far, mask), attend(q, k, v, mask))

@@ -73,6 +73,8 @@ permute(Tensor q, Tensor k, Tensor v, OptTensor score, OptTensor k_perm_in, OptT
     p.v_pool = static_cast<float *>(data_of(v_pool));
     if (pack) check(pbs_kv_packed_bytes(&p, &p.packed_bytes));
     Tensor packed = new_tensor(q, {static_cast<int64_t>(p.packed_bytes)}, ScalarType::Byte);
+    /* Panels of keys that do not exist are not written: the same call must give the same bytes. */
+    if (pack) torch::stable::zero_(packed);
     p.packed = pack ? data_of(packed) : nullptr;
     run(p, pbs_permute_workspace_size, pbs_permute, q, threads);
     return {k_perm, q_perm, k_pool, v_pool, packed};
@@ -263,11 +265,11 @@ prefill(Tensor q, Tensor k, Tensor v, OptTensor k_perm_in, OptTensor permute_hea
 #define ATTEND_SCHEMA                                                                              \
     "Tensor q, Tensor k, Tensor v, Tensor? packed, Tensor? bits, Tensor? q_perm, " GEOMETRY_SCHEMA \
     "float softmax_scale, int block_q, int block_k, int segment_size, int gqa, int own, "
-#define PREFILL_SCHEMA                                                                      \
-    "Tensor q, Tensor k, Tensor v, Tensor? k_perm_in, Tensor? permute_heads, Tensor? "      \
-    "tau_heads, " GEOMETRY_SCHEMA                                                           \
-    "float softmax_scale, int block_size, int segment_size, int gqa, int mode, int order, " \
-    "int seed, int method, int stride, int reduce, int rule, float tau, "
+#define PREFILL_SCHEMA                                                                   \
+    "Tensor q, Tensor k, Tensor v, Tensor? k_perm_in, Tensor? permute_heads, Tensor? "   \
+    "tau_heads, " GEOMETRY_SCHEMA                                                        \
+    "float softmax_scale, int block_size, int segment_size, int gqa, int permute_mode, " \
+    "int order, int seed, int method, int stride, int reduce, int rule, float tau, "
 
 } // namespace pbs::ops
 
@@ -275,14 +277,15 @@ STABLE_TORCH_LIBRARY(pbs_attn, m) {
     m.def("score(Tensor q, Tensor k, " GEOMETRY_SCHEMA
           "float softmax_scale, int block_size, int segment_size, int gqa, int order, int seed, "
           "int isa=0) -> Tensor");
+    /* permute_mode, not mode: torch's own dispatch has a parameter of that name. */
     m.def("permute(Tensor q, Tensor k, Tensor v, Tensor? score, Tensor? k_perm_in, "
           "Tensor? permute_heads, " GEOMETRY_SCHEMA
-          "int block_size, int segment_size, int gqa, int mode, bool pack, int isa=0) "
+          "int block_size, int segment_size, int gqa, int permute_mode, bool pack, int isa=0) "
           "-> (Tensor k_perm, Tensor q_perm, Tensor k_pool, Tensor v_pool, Tensor packed)");
     m.def("select(Tensor q, Tensor k, Tensor? k_pool, Tensor? k_perm, Tensor? q_perm, "
           "Tensor? tau_heads, " GEOMETRY_SCHEMA
-          "float softmax_scale, int block_size, int segment_size, int gqa, int mode, int method, "
-          "int stride, int reduce, int rule, float tau, bool return_mass, int isa=0) "
+          "float softmax_scale, int block_size, int segment_size, int gqa, int permute_mode, "
+          "int method, int stride, int reduce, int rule, float tau, bool return_mass, int isa=0) "
           "-> (Tensor bits, Tensor count, Tensor mass)");
     m.def("attend(" ATTEND_SCHEMA "bool return_lse, int isa=0) -> (Tensor out, Tensor lse)");
     m.def("attend_out(" ATTEND_SCHEMA "int isa=0, *, Tensor(a!) out, Tensor(b!)? lse=None) -> ()");
