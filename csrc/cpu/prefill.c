@@ -7,7 +7,9 @@
 #include "cpu.h"
 #include "packed.h"
 
-enum { DEFAULT_CAP = 256 << 20 };
+/* Default cap: waves small enough that one reuses the pages (and the cache) of the last, with work
+ * for every thread. */
+enum { CAP_PER_THREAD = 16 << 20, CAP_AT_MOST = 256 << 20 };
 
 /* Sequences [batch, batch + batches) and K/V heads [head, head + heads). */
 typedef struct wave {
@@ -208,7 +210,9 @@ static size_t cut(prefill_run *run, const wave *w, void *workspace) {
 /* The largest wave under the cap; one K/V head of one sequence is always allowed. */
 static wave largest_wave(prefill_run *run, size_t *bytes) {
     const pbs_dims *d = run->d;
-    size_t cap = run->p->workspace_cap ? run->p->workspace_cap : (size_t)DEFAULT_CAP;
+    size_t threads = (size_t)run->p->exec.num_threads, most = CAP_AT_MOST / CAP_PER_THREAD;
+    size_t cap = CAP_PER_THREAD * (threads < most ? threads : most);
+    if (run->p->workspace_cap) cap = run->p->workspace_cap;
     wave best = {0, 1, 0, 1}, next = best;
     *bytes = cut(run, &best, NULL);
     while (best.heads < d->heads_k || best.batches < d->batch) {

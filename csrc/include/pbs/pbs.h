@@ -345,13 +345,14 @@ typedef struct pbs_prefill_params {
     pbs_reduce reduce;
     pbs_rule rule;
     float tau;
-    pbs_view out;         /* [B, Hq, Nq, D] out, dtype of q */
-    pbs_view lse;         /* [B, Hq, Nq, 1] out, fp32; data NULL = not wanted */
-    int32_t *count;       /* [B, Hq, Tq] out, or NULL */
-    uint32_t *bits;       /* [B, Hq, Tq, W] out, or NULL */
-    int32_t *k_perm;      /* [B, Hp, Nk] out, or NULL */
-    int32_t *q_perm;      /* [B, Hq, Nq] out, or NULL */
-    size_t workspace_cap; /* bytes a wave may use; 0 = 256 MiB. One K/V head always fits */
+    pbs_view out;    /* [B, Hq, Nq, D] out, dtype of q */
+    pbs_view lse;    /* [B, Hq, Nq, 1] out, fp32; data NULL = not wanted */
+    int32_t *count;  /* [B, Hq, Tq] out, or NULL */
+    uint32_t *bits;  /* [B, Hq, Tq, W] out, or NULL */
+    int32_t *k_perm; /* [B, Hp, Nk] out, or NULL */
+    int32_t *q_perm; /* [B, Hq, Nq] out, or NULL */
+    /* Bytes a wave may use; 0 = 16 MiB a thread, at most 256 MiB. One K/V head always fits. */
+    size_t workspace_cap;
     void *workspace;
     size_t workspace_bytes;
     pbs_exec exec;
