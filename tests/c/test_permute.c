@@ -116,12 +116,12 @@ static void test_keys(problem *p, uint64_t seed) {
 /* Rows of one row segment by the definition, in fp64. */
 static void brute_queries(const problem *p, int32_t b, int32_t hq, int32_t first,
                           const int32_t *k_perm, int32_t *q_perm) {
-    int32_t S = p->segment, offset = p->kv_len[b] - p->q_len[b],
+    int32_t S = p->segment, position = first + p->kv_len[b] - p->q_len[b];
+    int32_t key = position < 0 ? 0 : position / S * S, at = first,
             hk = hq / (p->heads_q / p->heads_k);
-    int32_t key = first + offset < 0 ? -1 : (first + offset) / S * S, at = first;
     unsigned char taken[PBS_MAX_SEGMENT_SIZE] = {0};
     for (int32_t i = 0; i < S && first + i < p->seqlen_q; i++) q_perm[first + i] = first + i;
-    if (first + S > p->q_len[b] || key < 0 || key + S > p->kv_len[b]) return;
+    if (first + S > p->q_len[b] || p->kv_len[b] <= S) return;
     for (int32_t n = 0; n < S / p->block; n++) {
         double similarity[PBS_MAX_SEGMENT_SIZE], norm[PBS_MAX_SEGMENT_SIZE];
         for (int32_t i = 0; i < S; i++) {

@@ -191,6 +191,12 @@ static void test_modes(pbs_isa isa) {
         }
         result expected = verbs(&p, o), whole = prefill(&p, o);
         check_same(&expected, &whole, "prefill against the verbs");
+        free_result(&whole);
+        if (is_emulated(isa)) { /* waves are the drivers' business */
+            free_result(&expected);
+            problem_free(&p);
+            continue;
+        }
         o.cap = 1; /* one K/V head at a time */
         result small = prefill(&p, o);
         check_same(&expected, &small, "one head a wave");
@@ -201,7 +207,6 @@ static void test_modes(pbs_isa isa) {
         result some = prefill(&p, o);
         check_same(&one, &some, "some heads a wave");
         free_result(&expected);
-        free_result(&whole);
         free_result(&small);
         free_result(&one);
         free_result(&some);
@@ -271,7 +276,7 @@ void test_prefill(void) {
     int count = available_isas(PBS_DTYPE_BF16, isas);
     for (int i = 0; i < count; i++) {
         test_modes(isas[i]);
-        test_place_in_batch(isas[i]);
+        if (!is_emulated(isas[i])) test_place_in_batch(isas[i]);
     }
     count = available_isas(PBS_DTYPE_FP32, isas);
     for (int i = 0; i < count; i++) test_dense(isas[i]);
