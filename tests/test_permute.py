@@ -61,11 +61,12 @@ def check_pools(seq, perm, k_pool, v_pool, block_size, what):
     heads = perm.shape[0]
     for name, pool, x in (("k_pool", k_pool, seq.k), ("v_pool", v_pool, seq.v)):
         each = x.repeat_interleave(heads // x.shape[0], 0)
+        if not x.shape[1]:
+            continue
         exact = reference.pool(each.double(), block_size, perm)
         low = pool_in_order(each, block_size, perm)
         got = pool[seq.index, :, : exact.shape[1]]
-        if exact.shape[1]:
-            assert_close(got, exact, low, what=f"{what} {name}")
+        assert_close(got, exact, low, what=f"{what} {name}")
 
 
 @pytest.mark.parametrize("mode", cases.PERMUTES)

@@ -188,10 +188,10 @@ static void queries_item(void *context, int64_t item, int32_t slot) {
     int32_t b = (int32_t)(head / d->heads_q), hq = (int32_t)(head % d->heads_q);
     int32_t hp = pbs_owner_head(d, hq);
     pbs_seq s = pbs_dims_seq(d, b);
-    int32_t key = s.q_offset + first >= 0 ? pbs_floor_to(s.q_offset + first, d->segment_size) : -1;
+    /* With more than one segment of keys, the segment where a whole row segment starts is whole. */
+    int32_t key = pbs_floor_to(s.q_offset + first, d->segment_size);
     int32_t *q_perm = p->q_perm + head * d->max_q;
-    if (!head_on(run, hp) || first + d->segment_size > s.q_len || key < 0 ||
-        key + d->segment_size > s.kv_len) {
+    if (!head_on(run, hp) || first + d->segment_size > s.q_len || s.kv_len <= d->segment_size) {
         int32_t end = pbs_min_i32(first + d->segment_size, d->max_q);
         for (int32_t i = first; i < end; i++) q_perm[i] = i;
         return;
