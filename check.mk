@@ -43,7 +43,7 @@ check-run-$1: build/check-$1/pbs_tests build/check-$1/prefill
 endef
 
 $(eval $(call check_build,gcc,$(CHECK_GCC),-O2,-O1))
-$(eval $(call check_build,clang,$(CHECK_CLANG),-O2,-O1))
+$(eval $(call check_build,clang,$(CHECK_CLANG),-O2 -DPBS_TEST_THIN=3,-O1))
 $(eval $(call check_build,san,$(or $(CHECK_GCC),$(CHECK_CLANG)),$(CHECK_SAN),-O0))
 
 .PHONY: check check-gcc check-clang check-san
