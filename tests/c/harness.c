@@ -1,4 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
+#define _DEFAULT_SOURCE /* pthread_barrier_t */
 #include "harness.h"
 
 #include <math.h>
@@ -41,10 +42,12 @@ typedef struct range {
     int64_t begin, end;
     pbs_task_fn task;
     void *arg;
+    pthread_barrier_t *start;
 } range;
 
 static void *run_range(void *arg) {
     range *r = (range *)arg;
+    pthread_barrier_wait(r->start); /* all at once: the work is small */
     r->task(r->begin, r->end, r->arg);
     return NULL;
 }
@@ -56,11 +59,14 @@ void pool_parallel_for(void *pool, int64_t begin, int64_t end, pbs_task_fn task,
     range part[MOST];
     int64_t step = (end - begin + threads - 1) / threads;
     int count = 0;
+    pthread_barrier_t start;
+    pthread_barrier_init(&start, NULL, (unsigned)((end - begin + step - 1) / step));
     for (int64_t at = begin; at < end; at += step, count++) {
-        part[count] = (range){at, at + step < end ? at + step : end, task, arg};
+        part[count] = (range){at, at + step < end ? at + step : end, task, arg, &start};
         if (pthread_create(&id[count], NULL, run_range, &part[count])) abort();
     }
     for (int i = 0; i < count; i++) pthread_join(id[i], NULL);
+    pthread_barrier_destroy(&start);
 }
 
 void reverse_parallel_for(void *pool, int64_t begin, int64_t end, pbs_task_fn task, void *arg) {

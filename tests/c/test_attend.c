@@ -181,8 +181,8 @@ static void test_isa(pbs_dtype dtype, pbs_isa isa) {
         test_natural(&p, (pbs_own)(n % 5), 64, 1, 50, 13);
     }
     if (grid_step(isa) > 3 || (grid_step(isa) == 3 && dtype != PBS_DTYPE_BF16)) return; /* slow */
-    problem p = base(dtype, isa, 300);
-    p.seqlen_q = 90; /* chunked prefill */
+    problem p = base(dtype, isa, 280);
+    p.seqlen_q = 90; /* chunked prefill; offset 190 ends two keys before a block does */
     p.batch = is_emulated(isa) ? 1 : 2;
     if (!is_emulated(isa)) test_natural(&p, PBS_OWN_ALL, 64, 2, 0, 11);
     p.block = 128;
