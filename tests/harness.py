@@ -131,7 +131,10 @@ def check_attention(out, lse, seq, bits, *, what, **options):
     wide = [x.double() for x in (seq.q, seq.k, seq.v)]
     exact_out, exact_lse = reference.attend(*wide, bits, **options)
     low_out, low_lse = low_precision_attend(seq.q, seq.k, seq.v, bits, **options)
-    assert_close(out, exact_out, low_out, what=f"{what} out")
+    # Adding Nk products one after another, as the portable kernel does, walks sqrt(Nk) half units.
+    largest = exact_out.abs().max().item() if exact_out.numel() else 0.0
+    noise = seq.k.shape[1] ** 0.5 * 2.0**-24 * largest
+    assert_close(out, exact_out, low_out, what=f"{what} out", noise=noise)
     if lse is not None:
         assert_close(lse, exact_lse, low_lse, what=f"{what} lse")
 

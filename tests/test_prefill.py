@@ -37,30 +37,36 @@ def check(q, k, v, config, case=None, isa="auto", **heads):
     return got
 
 
-@pytest.mark.parametrize("permute", cases.PERMUTES)
+@pytest.mark.parametrize("permute", ["keys", "both"])
 @pytest.mark.parametrize("seqlen", cases.lengths())
 def test_lengths(permute, seqlen):
     check(*cases.make_inputs(61, (2, 1), seqlen), config_of(permute=permute))
 
 
+@pytest.mark.parametrize("permute", ["none", "identity", "queries"])
+@pytest.mark.parametrize("seqlen", [1, 257, 811])
+def test_other_modes(permute, seqlen):
+    check(*cases.make_inputs(61, (2, 1), seqlen), config_of(permute=permute))
+
+
 @pytest.mark.parametrize("case", cases.geometries(), ids=lambda case: case.name)
-@pytest.mark.parametrize("permute", cases.PERMUTES)
+@pytest.mark.parametrize("permute", ["none", "keys", "both"])
 def test_geometries_and_nan_padding(case, permute):
-    inputs = cases.make_inputs(62, (4, 2), case=case, nan_padding=True)
+    inputs = cases.make_inputs(62, (2, 1), case=case, nan_padding=True)
     check(*inputs, config_of(permute=permute), case)
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES)
-@pytest.mark.parametrize("head_dim", [8, 64, 80, 128, 256])
+@pytest.mark.parametrize("head_dim", [8, 80, 256])
 def test_head_dims_and_dtypes(dtype, head_dim):
-    inputs = cases.make_inputs(63, (2, 1), 900, head_dim=head_dim, dtype=dtype)
+    inputs = cases.make_inputs(63, (2, 1), 600, head_dim=head_dim, dtype=dtype)
     check(*inputs, config_of())
 
 
 @pytest.mark.parametrize("heads", cases.HEAD_RATIOS)
 @pytest.mark.parametrize("gqa", ["per_head", "group"])
 def test_head_ratios(heads, gqa):
-    check(*cases.make_inputs(64, heads, 700), config_of(gqa=gqa))
+    check(*cases.make_inputs(64, heads, 530), config_of(gqa=gqa))
 
 
 @pytest.mark.parametrize("method", cases.METHODS)
@@ -75,10 +81,10 @@ def test_orders(order):
     check(*cases.make_inputs(66, (2, 1), 900), config_of(order=order, seed=3))
 
 
-@pytest.mark.parametrize("block_size, segment_size", [(64, 64), (64, 192), (256, 512), (128, 2048)])
+@pytest.mark.parametrize("block_size, segment_size", [(64, 64), (64, 192), (256, 512), (128, 1024)])
 def test_sizes(block_size, segment_size):
     config = config_of(block_size=block_size, segment_size=segment_size)
-    check(*cases.make_inputs(67, (2, 1), 2 * segment_size + 99), config)
+    check(*cases.make_inputs(67, (1, 1), 2 * segment_size + 99), config)
 
 
 @pytest.mark.parametrize("layout", cases.LAYOUTS)
@@ -109,7 +115,7 @@ def test_per_head_tau_and_order():
 def test_everything_kept_is_dense_attention(permute, method):
     """tau = 1: order and blocks are still made, and must cancel out."""
     case = next(case for case in cases.geometries() if case.name == "left_padding")
-    inputs = cases.make_inputs(71, (4, 2), case=case, nan_padding=True)
+    inputs = cases.make_inputs(71, (2, 1), case=case, nan_padding=True)
     config = config_of(permute=permute, select=method, tau=1.0)
     out, lse, count, bits, k_perm = check(*inputs, config, case)
     identity = torch.arange(k_perm.shape[-1], dtype=torch.int32).expand_as(k_perm)

@@ -45,7 +45,7 @@ def configs(draw):
     block = draw(st.sampled_from([64, 128, 256]))
     rule, tau = draw(
         st.one_of(
-            st.tuples(st.just("prefix"), st.floats(0.0, 1.1, width=32)),
+            st.tuples(st.just("prefix"), st.floats(0.0, 1.125, width=32)),
             st.tuples(st.just("relative"), st.floats(0.0, 1.0, width=32)),
             st.tuples(st.just("absolute"), st.floats(0.0, 0.5, width=32)),
             st.tuples(st.just("budget"), st.integers(0, 6)),
