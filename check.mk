@@ -50,7 +50,7 @@ $(eval $(call check_build,san,$(or $(CHECK_GCC),$(CHECK_CLANG)),$(CHECK_SAN),-O0
 check: check-gcc check-clang check-san ## the C core and its tests: gcc, clang, sanitizers
 
 # A compiler that is not there: one loud line for a user, an error for CI.
-check_missing = echo "*** $1: not found, its checks were NOT run ***" >&2; test "$$CI" != 1
+check_missing = echo "*** $1: not found, its checks were NOT run ***" >&2; test "$${CI:-0}" = 0
 
 check-gcc: ## the same, gcc alone
 	@$(if $(CHECK_GCC),$(MAKE) --no-print-directory -s -j$(shell nproc) -f check.mk check-run-gcc,$(call check_missing,gcc))
