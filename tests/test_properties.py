@@ -99,7 +99,7 @@ def calls(draw):
     return inputs, case
 
 
-@examples(40)
+@examples(150)
 @given(calls(), configs(), st.sampled_from([isa for isa in ISAS if not isa.startswith("emu")]))
 def test_prefill_is_exact_over_its_own_plan(call, config, isa):
     inputs, case = call
@@ -152,7 +152,7 @@ def check_plan(seq, run, config):
     assert_blocks(bits, exact, rule=config.rule, tau=config.tau, what=f"select {config}")
 
 
-@examples(15)
+@examples(50)
 @given(calls(), configs())
 def test_a_batch_gives_what_its_sequences_give_alone(call, config):
     inputs, case = call
@@ -163,7 +163,7 @@ def test_a_batch_gives_what_its_sequences_give_alone(call, config):
         assert torch.equal(whole[1][seq.row, :, seq.rows], alone[1][0])
 
 
-@examples(15)
+@examples(50)
 @given(calls(), configs(), st.integers(1, 5))
 def test_threads_change_no_bit(call, config, num_threads):
     inputs, case = call
@@ -178,7 +178,7 @@ def test_threads_change_no_bit(call, config, num_threads):
     assert all(map(torch.equal, got, want))
 
 
-@examples(15)
+@examples(50)
 @given(calls(), configs())
 def test_everything_kept_is_dense(call, config):
     """tau >= 1 keeps all: order, selection and packing cancel out."""
@@ -193,7 +193,7 @@ def test_everything_kept_is_dense(call, config):
         assert_close(lse[seq.row, :, seq.rows], exact[1], low[1], what=f"{case} {config} lse")
 
 
-@examples(25)
+@examples(80)
 @given(calls(), configs(), st.floats(0.0, 1.0), st.floats(0.0, 1.0))
 def test_a_larger_tau_never_removes_a_block(call, config, first, second):
     inputs, case = call
