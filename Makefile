@@ -65,7 +65,7 @@ tf457: build $(VENV)/.dev $(VENV_TF457)/.ready ## the reduced matrix under trans
 	$(OFFLINE) $(VENV_TF457)/bin/python -m pytest -q -m tf457 $(PYTEST_ARGS)
 
 demo-short: build $(VENV)/.dev
-	$(OFFLINE) $(PY) -m pbs_attn run --length 1k
+	$(OFFLINE) $(PY) -m pbs_attn run --length 2k
 
 examples: build $(VENV)/.dev ## each Python program in examples/
 	@set -e; for file in examples/*.py; do echo "== $$file"; $(OFFLINE) $(PY) "$$file"; done

@@ -17,7 +17,7 @@ taken, _ = measure.capture(model, ids, {layer})  # q, k, v as attention sees the
 q, k, v = taken[layer]
 
 for permute in ("identity", "keys"):
-    config = pbs_attn.PBSConfig(permute=permute, min_kv=0)
+    config = pbs_attn.PBSConfig(permute=permute, min_q=0, min_kv=0)
     _, plan = pbs_attn.pbs_attention(q, k, v, config=config, return_plan=True)
     print(f"\npermute={permute!r}, tau={config.tau}: layer {layer}, density per head")
     print("  ".join(f"{h}: {x:.0%}" for h, x in enumerate(plan.density()[0].tolist())))

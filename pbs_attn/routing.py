@@ -23,7 +23,7 @@ REASONS = {
     "dropout": "dropout is on",
     "grad": "an input requires grad and there is no backward",
     "short_q": "fewer query rows than min_q",
-    "short_kv": "fewer keys than min_kv, or not more than one segment",
+    "short_kv": "fewer keys than min_kv",
     "device": "there are no sparse kernels for the device",
     "dtype": "the dtype is not float32, bfloat16 or float16",
     "head_dim": "head_dim is not a multiple of 8 up to 256",

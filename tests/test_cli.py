@@ -91,7 +91,7 @@ def test_bad_methods_are_named(text, said):
 def test_base_config(tmp_path):
     file = tmp_path / "pbs.json"
     file.write_text(json.dumps({"tau": 0.5, "permute": "both"}))
-    words = dict.fromkeys(("tau", "block_size", "segment_size", "min_kv"))
+    words = dict.fromkeys(("tau", "block_size", "segment_size", "min_q", "min_kv"))
     args = types.SimpleNamespace(**words, config=str(file), set=["seed=3"])
     assert methods.base_config(args) == PBSConfig(tau=0.5, permute="both", seed=3)
     args.tau = 0.7
@@ -204,7 +204,7 @@ def test_run(folder, text, tmp_path, capsys):
     out.write_text("old")
     status = main(
         "run", "--model", folder, "--text", text, "--length", LENGTH, "--new-tokens", 4, "--json",
-        out, "--min-kv", 0, "--method", "sdpa,full,pbs:tau=1.0,pbs:tau=0.1",
+        out, "--min-q", 0, "--min-kv", 0, "--method", "sdpa,full,pbs:tau=1.0,pbs:tau=0.1",
     )  # fmt: skip
     printed = capsys.readouterr()
     assert status == 0
@@ -233,7 +233,7 @@ def test_short_inputs_say_why_they_are_dense(folder, text, capsys):
     )
     printed = capsys.readouterr()
     assert status == 0 and printed.err == ""
-    assert "100% dense (short_kv)" in printed.out
+    assert "100% dense (short_q)" in printed.out
 
 
 def test_interrupt_keeps_finished_rows(folder, text, tmp_path, monkeypatch, capsys):
@@ -361,7 +361,8 @@ def test_exec(name, length, status, expected, folder, tmp_path, capsys):
     script.write_text(SCRIPT.format(folder=str(folder), name=name, length=length, status=status))
     argv = list(sys.argv)
     # A name of its own: other tests of this process use the default one.
-    words = ("exec", "--min-kv", 0, "--tau", 0.7, "--require-used", "--name", "pbs_test_exec")
+    words = ("exec", "--min-q", 500, "--min-kv", 0, "--tau", 0.7, "--require-used",
+             "--name", "pbs_test_exec")  # fmt: skip
     assert main(*words, script, "--tau", "x") == expected
     assert sys.argv == argv
     said = capsys.readouterr().err
@@ -412,7 +413,7 @@ def test_head_map_counts_what_the_kernels_compute():
     found = plot.head_map(q, k, config)
     from pbs_attn import pbs_attention
 
-    _, plan = pbs_attention(q, k, k, config=config.replace(min_kv=0), return_plan=True)
+    _, plan = pbs_attention(q, k, k, config=config.replace(min_q=0, min_kv=0), return_plan=True)
     density = found["computed"].sum() / found["causal"].sum()
     assert float(density) == pytest.approx(float(plan.density()))
     assert found["blocks"].sum(1) == pytest.approx(torch.ones(8), abs=1e-4)
@@ -447,7 +448,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
     ("name", "words", "said"),
     [
         ("quickstart", (), "of the causal blocks"),
-        ("llama_prefill", (1100,), "pbs       30"),
+        ("llama_prefill", (2048,), "pbs       30"),
         ("inspect_selection", (3, 0, 1100), "permute='keys'"),
     ],
 )

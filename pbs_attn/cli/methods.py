@@ -86,7 +86,7 @@ def parse(text, base=None):
             if pairs:
                 raise CommandError(f"method {name!r} has no parameters; got {parameters!r}")
             kind = "stock" if changes is None else "dense"
-            config = None if changes is None else PBSConfig(min_kv=DENSE_MIN_KV)
+            config = None if changes is None else PBSConfig(min_q=0, min_kv=DENSE_MIN_KV)
             found.append(Method(label, kind, config))
             continue
         config = config_from(pairs, (base or PBSConfig()).replace(**changes))
@@ -103,14 +103,15 @@ def add_config_arguments(parser):
     group.add_argument("--tau", type=float, help="threshold (default 0.9)")
     group.add_argument("--block-size", type=int, help="64, 128 (default) or 256")
     group.add_argument("--segment-size", type=int, help="multiple of the block size (256)")
-    group.add_argument("--min-kv", type=int, help="shorter calls go dense (measured default)")
+    group.add_argument("--min-q", type=int, help="fewer rows go dense (measured default)")
+    group.add_argument("--min-kv", type=int, help="fewer keys go dense (measured default)")
     group.add_argument("--set", action="append", default=[], metavar="NAME=VALUE",
                        help="any other PBSConfig field, e.g. --set permute=both")  # fmt: skip
 
 
 def base_config(args):
     """The PBSConfig of the arguments above; None when none was given."""
-    flags = ("tau", "block_size", "segment_size", "min_kv")
+    flags = ("tau", "block_size", "segment_size", "min_q", "min_kv")
     pairs = [f"{name}={getattr(args, name)}" for name in flags if getattr(args, name) is not None]
     pairs += args.set
     if args.config is None and not pairs:
