@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads the golden vectors: the shipped cuts in tests/data, and the full files where they are.
 
-The full set lies in golden/ of the folder that PBS_ATTN_DATA names (../shared beside the checkout
-if unset). Nothing is skipped without it: the shipped cuts hold an instance of every check.
+The full set lies in golden/ of the folder that PBS_ATTN_DATA names. Nothing is skipped without it:
+the shipped cuts hold an instance of every check.
 """
 
 import json
@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 HERE = pathlib.Path(__file__).parent
-SHARED = pathlib.Path(os.environ.get("PBS_ATTN_DATA", HERE.parent.parent / "shared"))
+FULL_SET = pathlib.Path(os.environ.get("PBS_ATTN_DATA", HERE / "data"))
 BLOCK, SEGMENT = 128, 256
 
 
@@ -76,6 +76,6 @@ def load_all():
     for path in sorted((HERE / "data").glob("*.safetensors.xz")):
         golden = _shipped(path)
         found[f"cut-{golden.name.split('_')[0]}"] = golden
-    for path in sorted((SHARED / "golden").glob("*.safetensors")):
+    for path in sorted((FULL_SET / "golden").glob("*.safetensors")):
         found[path.stem.split("_")[0]] = _full(path)
     return found

@@ -48,8 +48,8 @@ def text_of(name):
         return models.demo_text()[1]
     root = os.environ.get("PBS_ATTN_DATA")
     if not root:
-        pytest.skip("PBS_ATTN_DATA, the folder with essays/, is not set")
-    return (Path(root) / "essays" / f"{name}.txt").read_text(encoding="utf-8")
+        pytest.skip("PBS_ATTN_DATA, the folder with data/essays/, is not set")
+    return (Path(root) / "data" / "essays" / f"{name}.txt").read_text(encoding="utf-8")
 
 
 @functools.lru_cache(maxsize=2)  # 4K: 0.6 GB; 8K: 1.5 GB
