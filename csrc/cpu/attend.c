@@ -7,8 +7,6 @@
 #include "packed.h"
 #include "threads.h"
 
-static const float LOG2_E = 1.44269504088896340736f;
-
 typedef struct attend_run {
     const pbs_attend_params *p;
     const pbs_dims *d;
@@ -152,7 +150,7 @@ static void attend_item(void *context, int64_t item, int32_t slot) {
         .rows = pbs_min_i32(d->block_q, s.q_len - first),
         .q_offset = s.q_offset,
         .head_dim = d->head_dim,
-        .scale_log2 = p->softmax_scale * LOG2_E,
+        .scale_log2 = p->softmax_scale * PBS_LOG2_E,
         .block_k = d->block_k,
         .bits = bits_of(run, b, hq, m),
         .hist_end = sp.hist_end,

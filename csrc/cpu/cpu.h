@@ -9,6 +9,9 @@
 #include "../core/check.h"
 #include "backend.h"
 
+/* softmax_scale * log2(e): kernels work in powers of two. */
+#define PBS_LOG2_E 1.44269504088896340736f
+
 /* The table for a call, or an error that names what was asked for (also by PBS_ATTN_ISA). */
 pbs_status pbs_cpu_choose(pbs_isa wanted, pbs_dtype dtype, const pbs_cpu_kernels **kernels);
 

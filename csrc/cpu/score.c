@@ -15,8 +15,6 @@
 
 enum { CHUNK_KEYS = 512, MEAN_ROWS = 256 };
 
-static const float LOG2_E = 1.44269504088896340736f;
-
 typedef struct score_run {
     const pbs_score_params *p;
     const pbs_dims *d;
@@ -120,7 +118,7 @@ static pbs_score_job job_of(const score_run *run, int64_t head, int32_t chunk, i
         .k = pbs_head_rows(&run->p->k.view, b, pbs_key_head(d, hp), s.kv_start),
         .count = pbs_max_i32(pbs_min_i32(left, CHUNK_KEYS), 0),
         .head_dim = d->head_dim,
-        .scale_log2 = run->p->softmax_scale * LOG2_E,
+        .scale_log2 = run->p->softmax_scale * PBS_LOG2_E,
         .score = run->p->score + head * d->max_k + first,
         .scratch = run->scratch + (size_t)slot * run->scratch_bytes,
     };
