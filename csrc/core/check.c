@@ -40,12 +40,12 @@ pbs_status pbs_check_score(const pbs_score_params *params, pbs_check_mode mode, 
     int reads = running(mode) && p->order != PBS_ORDER_RANDOM;
     PBS_TRY(pbs_check_view("q", &p->q, reads));
     PBS_TRY(pbs_check_kv("k", &p->k, reads));
-    PBS_TRY(pbs_check_dims(&p->q, &p->k.view, p->gqa, &p->geometry, d));
+    PBS_TRY(pbs_check_dims(&p->q, &p->k.view, p->gqa, &p->geometry, &p->exec, d));
     PBS_TRY(check_same_dtype("k", p->k.view.dtype, p->q.dtype));
     PBS_TRY(pbs_check_scale(&p->softmax_scale, d->head_dim));
     PBS_TRY(pbs_check_blocks("block_size", p->block_size, "block_size", p->block_size, d));
     PBS_TRY(pbs_check_segment(p->segment_size, p->block_size, d));
-    PBS_TRY(pbs_check_exec(&p->exec));
+    PBS_TRY(pbs_check_exec(&p->exec, d));
     if (running(mode)) PBS_TRY(pbs_check_pointer("score", p->score, empty(d) ? 0 : d->max_k));
     return PBS_OK;
 }
@@ -84,12 +84,12 @@ pbs_status pbs_check_permute(const pbs_permute_params *params, pbs_check_mode mo
     if (!reads_v && !p->v.view.data) p->v = p->k;
     PBS_TRY(pbs_check_view("q", &p->q, running(mode) && reads_q));
     PBS_TRY(pbs_check_kv("k", &p->k, running(mode)));
-    PBS_TRY(pbs_check_dims(&p->q, &p->k.view, p->gqa, &p->geometry, d));
+    PBS_TRY(pbs_check_dims(&p->q, &p->k.view, p->gqa, &p->geometry, &p->exec, d));
     PBS_TRY(check_same_dtype("k", p->k.view.dtype, p->q.dtype));
     PBS_TRY(pbs_check_kv("v", &p->v, running(mode) && reads_v));
     PBS_TRY(pbs_check_values(&p->k.view, &p->v.view, running(mode) && reads_v));
     PBS_TRY(check_mode(p->mode, p->block_size, &p->segment_size, d));
-    PBS_TRY(pbs_check_exec(&p->exec));
+    PBS_TRY(pbs_check_exec(&p->exec, d));
     if (!running(mode)) return PBS_OK;
     PBS_TRY(check_permute_pointers(p, d));
     return check_given_order(p->mode, p->k_perm_in, p->permute_heads, d);
@@ -116,13 +116,13 @@ pbs_status pbs_check_select(const pbs_select_params *params, pbs_check_mode mode
     }
     PBS_TRY(pbs_check_view("q", &p->q, running(mode)));
     PBS_TRY(pbs_check_kv("k", &p->k, running(mode) && reads_k));
-    PBS_TRY(pbs_check_dims(&p->q, &p->k.view, p->gqa, &p->geometry, d));
+    PBS_TRY(pbs_check_dims(&p->q, &p->k.view, p->gqa, &p->geometry, &p->exec, d));
     PBS_TRY(check_same_dtype("k", p->k.view.dtype, p->q.dtype));
     PBS_TRY(pbs_check_scale(&p->softmax_scale, d->head_dim));
     PBS_TRY(check_mode(p->mode, p->block_size, &p->segment_size, d));
     PBS_TRY(check_method(p->method, p->stride, p->reduce, p->rule, p->block_size));
-    PBS_TRY(pbs_check_tau(p->tau, p->tau_heads, d->heads_q));
-    PBS_TRY(pbs_check_exec(&p->exec));
+    PBS_TRY(pbs_check_tau(p->tau, p->tau_heads, d));
+    PBS_TRY(pbs_check_exec(&p->exec, d));
     if (!running(mode)) return PBS_OK;
     if (!reads_k) PBS_TRY(pbs_check_pointer("k_pool", p->k_pool, empty(d) ? 0 : d->max_k));
     PBS_TRY(pbs_check_key_perm("k_perm", p->k_perm, NULL, d));
@@ -151,7 +151,7 @@ pbs_status pbs_check_attend(const pbs_attend_params *params, pbs_check_mode mode
     PBS_TRY(pbs_check_struct(params, UP_TO(pbs_attend_params, exec), p, sizeof *p));
     PBS_TRY(pbs_check_view("q", &p->q, running(mode)));
     PBS_TRY(pbs_check_kv("k", &p->k, running(mode)));
-    PBS_TRY(pbs_check_dims(&p->q, &p->k.view, p->gqa, &p->geometry, d));
+    PBS_TRY(pbs_check_dims(&p->q, &p->k.view, p->gqa, &p->geometry, &p->exec, d));
     PBS_TRY(check_same_dtype("k", p->k.view.dtype, p->q.dtype));
     PBS_TRY(pbs_check_kv("v", &p->v, running(mode)));
     PBS_TRY(pbs_check_values(&p->k.view, &p->v.view, running(mode)));
@@ -161,7 +161,7 @@ pbs_status pbs_check_attend(const pbs_attend_params *params, pbs_check_mode mode
     if (p->heads_sel != d->heads_q && p->heads_sel != d->heads_k)
         return pbs_fail(PBS_ERR_SHAPE, "heads_sel: %d; q's heads (%d) or k's (%d) are allowed",
                         p->heads_sel, d->heads_q, d->heads_k);
-    PBS_TRY(pbs_check_exec(&p->exec));
+    PBS_TRY(pbs_check_exec(&p->exec, d));
     if (!running(mode)) return PBS_OK;
     if (p->own != PBS_OWN_ALL)
         PBS_TRY(
@@ -176,7 +176,7 @@ pbs_status pbs_check_prefill(const pbs_prefill_params *params, pbs_check_mode mo
     PBS_TRY(pbs_check_struct(params, UP_TO(pbs_prefill_params, exec), p, sizeof *p));
     PBS_TRY(pbs_check_view("q", &p->q, running(mode)));
     PBS_TRY(pbs_check_kv("k", &p->k, running(mode)));
-    PBS_TRY(pbs_check_dims(&p->q, &p->k.view, p->gqa, &p->geometry, d));
+    PBS_TRY(pbs_check_dims(&p->q, &p->k.view, p->gqa, &p->geometry, &p->exec, d));
     PBS_TRY(check_same_dtype("k", p->k.view.dtype, p->q.dtype));
     PBS_TRY(pbs_check_kv("v", &p->v, running(mode)));
     PBS_TRY(pbs_check_values(&p->k.view, &p->v.view, running(mode)));
@@ -184,8 +184,8 @@ pbs_status pbs_check_prefill(const pbs_prefill_params *params, pbs_check_mode mo
     PBS_TRY(check_mode(p->mode, p->block_size, &p->segment_size, d));
     PBS_TRY(pbs_check_enum("order", (int)p->order, 4));
     PBS_TRY(check_method(p->method, p->stride, p->reduce, p->rule, p->block_size));
-    PBS_TRY(pbs_check_tau(p->tau, p->tau_heads, d->heads_q));
-    PBS_TRY(pbs_check_exec(&p->exec));
+    PBS_TRY(pbs_check_tau(p->tau, p->tau_heads, d));
+    PBS_TRY(pbs_check_exec(&p->exec, d));
     if (!running(mode)) return PBS_OK;
     PBS_TRY(pbs_check_output("out", &p->out, d, d->head_dim, p->q.dtype));
     if (p->lse.data) PBS_TRY(pbs_check_output("lse", &p->lse, d, 1, PBS_DTYPE_FP32));

@@ -9,6 +9,9 @@
 
 #include "geometry.h"
 #include "status.h"
+#include "view.h"
+
+typedef struct pbs_backend pbs_backend; /* backend.h */
 
 /* SIZING is for pbs_*_workspace_size: pointers to tensors, outputs and workspace may be NULL. */
 typedef enum pbs_check_mode { PBS_CHECK_RUN, PBS_CHECK_SIZING } pbs_check_mode;
@@ -24,32 +27,37 @@ typedef struct pbs_dims {
     int32_t blocks_q, blocks_k, words; /* Tq, Tk, W */
     pbs_dtype dtype;
     pbs_geometry geometry;
+    const pbs_backend *backend; /* of the call; means nothing on a device */
 } pbs_dims;
 
-static inline pbs_seq pbs_dims_seq(const pbs_dims *d, int32_t b) {
+PBS_HD pbs_seq pbs_dims_seq(const pbs_dims *d, int32_t b) {
     return pbs_seq_at(&d->geometry, b, d->seqlen_q, d->seqlen_k);
 }
 
 /* Key head whose rows head hp of a permutation is about; owner of query head hq's permutation. */
-static inline int32_t pbs_key_head(const pbs_dims *d, int32_t hp) {
+PBS_HD int32_t pbs_key_head(const pbs_dims *d, int32_t hp) {
     return d->heads_p == d->heads_k ? hp : hp / d->group;
 }
 
-static inline int32_t pbs_owner_head(const pbs_dims *d, int32_t hq) {
+PBS_HD int32_t pbs_owner_head(const pbs_dims *d, int32_t hq) {
     return d->heads_p == d->heads_q ? hq : hq / d->group;
 }
 
-static inline int pbs_permutes_keys(pbs_permute_mode mode) {
+PBS_HD int pbs_permutes_keys(pbs_permute_mode mode) {
     return mode == PBS_PERMUTE_KEYS || mode == PBS_PERMUTE_BOTH;
 }
 
-static inline int pbs_permutes_queries(pbs_permute_mode mode) {
+PBS_HD int pbs_permutes_queries(pbs_permute_mode mode) {
     return mode == PBS_PERMUTE_QUERIES || mode == PBS_PERMUTE_BOTH;
 }
 
-static inline pbs_own pbs_own_of_mode(pbs_permute_mode mode) {
+PBS_HD pbs_own pbs_own_of_mode(pbs_permute_mode mode) {
     return mode == PBS_PERMUTE_NONE ? PBS_OWN_BLOCK : PBS_OWN_SEGMENT;
 }
+
+#ifdef __cplusplus
+extern "C" {
+#endif
 
 pbs_status pbs_check_score(const pbs_score_params *params, pbs_check_mode mode,
                            pbs_score_params *full, pbs_dims *dims);
@@ -63,5 +71,9 @@ pbs_status pbs_check_prefill(const pbs_prefill_params *params, pbs_check_mode mo
                              pbs_prefill_params *full, pbs_dims *dims);
 
 pbs_status pbs_check_workspace(const void *workspace, size_t given, size_t needed);
+
+#ifdef __cplusplus
+}
+#endif
 
 #endif /* PBS_CORE_CHECK_H */

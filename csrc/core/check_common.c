@@ -1,6 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "check_common.h"
 
+#include "backend.h"
+
 #include <inttypes.h>
 #include <math.h>
 #include <string.h>
@@ -87,6 +89,13 @@ static pbs_status check_geometry(const pbs_geometry *g, pbs_dims *d) {
     d->geometry = *g;
     d->max_q = g->max_seqlen_q ? g->max_seqlen_q : d->seqlen_q;
     d->max_k = g->max_seqlen_k ? g->max_seqlen_k : d->seqlen_k;
+    if (d->backend->on_device) { /* kernels clamp what they find */
+        if (!g->q_start && !g->q_len)
+            PBS_TRY(check_lengths("q_start", "q_len", NULL, NULL, 0, d->seqlen_q, d->max_q));
+        if (!g->kv_start && !g->kv_len)
+            PBS_TRY(check_lengths("kv_start", "kv_len", NULL, NULL, 0, d->seqlen_k, d->max_k));
+        return PBS_OK;
+    }
     for (int32_t b = 0; b < d->batch; b++) {
         PBS_TRY(check_lengths("q_start", "q_len", g->q_start, g->q_len, b, d->seqlen_q, d->max_q));
         PBS_TRY(
@@ -96,8 +105,9 @@ static pbs_status check_geometry(const pbs_geometry *g, pbs_dims *d) {
 }
 
 pbs_status pbs_check_dims(const pbs_view *q, const pbs_view *k, pbs_gqa gqa,
-                          const pbs_geometry *geometry, pbs_dims *d) {
+                          const pbs_geometry *geometry, const pbs_exec *exec, pbs_dims *d) {
     memset(d, 0, sizeof *d);
+    d->backend = pbs_backend_for(exec->isa);
     PBS_TRY(pbs_check_enum("gqa", (int)gqa, 2));
     if (q->size[0] != k->size[0])
         return pbs_fail(PBS_ERR_SHAPE, "k.size[0]: %" PRId32 "; q's batch is %" PRId32, k->size[0],
@@ -183,23 +193,24 @@ pbs_status pbs_check_scale(float *softmax_scale, int32_t head_dim) {
                     (double)*softmax_scale);
 }
 
-pbs_status pbs_check_tau(float tau, const float *tau_heads, int32_t heads) {
+pbs_status pbs_check_tau(float tau, const float *tau_heads, const pbs_dims *d) {
     if (!tau_heads && !isfinite(tau))
         return pbs_fail(PBS_ERR_VALUE, "tau: %g; a finite number is needed", (double)tau);
-    for (int32_t h = 0; tau_heads && h < heads; h++)
+    if (d->backend->on_device) return PBS_OK; /* a NaN keeps every block */
+    for (int32_t h = 0; tau_heads && h < d->heads_q; h++)
         if (!isfinite(tau_heads[h]))
             return pbs_fail(PBS_ERR_VALUE, "tau_heads[%d]: %g; a finite number is needed", h,
                             (double)tau_heads[h]);
     return PBS_OK;
 }
 
-pbs_status pbs_check_exec(pbs_exec *exec) {
+pbs_status pbs_check_exec(pbs_exec *exec, const pbs_dims *d) {
     if (exec->num_threads < 0)
         return pbs_fail(PBS_ERR_VALUE, "exec.num_threads: %" PRId32 "; 0 or more is allowed",
                         exec->num_threads);
     if (exec->num_threads == 0) exec->num_threads = 1;
     PBS_TRY(pbs_check_enum("exec.isa", (int)exec->isa, PBS_ISA_COUNT));
-    if (exec->stream)
+    if (exec->stream && !d->backend->on_device)
         return pbs_fail(PBS_ERR_UNSUPPORTED, "exec.stream: not NULL; this library runs on CPUs");
     return PBS_OK;
 }
@@ -228,6 +239,7 @@ static int overlaps_itself(const pbs_view *v) {
 
 /* Packed varlen: batch stride 0, so the rows of the sequences must be disjoint. */
 static pbs_status check_disjoint(const char *name, const pbs_dims *d) {
+    if (d->backend->on_device) return PBS_OK;
     for (int32_t b = 1; b < d->batch; b++) {
         pbs_seq s = pbs_dims_seq(d, b), before = pbs_dims_seq(d, b - 1);
         if (s.q_start < before.q_start + before.q_len)
@@ -301,9 +313,11 @@ static pbs_status check_perm(const char *name, const int32_t *perm, const int32_
 
 pbs_status pbs_check_key_perm(const char *name, const int32_t *perm, const int32_t *on_heads,
                               const pbs_dims *d) {
-    return perm ? check_perm(name, perm, on_heads, d->heads_p, d->max_k, 1, d) : PBS_OK;
+    if (!perm || d->backend->on_device) return PBS_OK;
+    return check_perm(name, perm, on_heads, d->heads_p, d->max_k, 1, d);
 }
 
 pbs_status pbs_check_query_perm(const char *name, const int32_t *perm, const pbs_dims *d) {
-    return perm ? check_perm(name, perm, NULL, d->heads_q, d->max_q, 0, d) : PBS_OK;
+    if (!perm || d->backend->on_device) return PBS_OK;
+    return check_perm(name, perm, NULL, d->heads_q, d->max_q, 0, d);
 }

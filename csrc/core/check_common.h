@@ -20,9 +20,9 @@ pbs_status pbs_check_pointer(const char *name, const void *pointer, int64_t elem
 pbs_status pbs_check_output(const char *name, const pbs_view *view, const pbs_dims *dims,
                             int32_t last, pbs_dtype dtype);
 
-/* From checked views q and k: fills every field but the block sizes. */
+/* From checked views q and k: fills every field but the block sizes. exec says whose call it is. */
 pbs_status pbs_check_dims(const pbs_view *q, const pbs_view *k, pbs_gqa gqa,
-                          const pbs_geometry *geometry, pbs_dims *dims);
+                          const pbs_geometry *geometry, const pbs_exec *exec, pbs_dims *dims);
 /* v agrees with k. */
 pbs_status pbs_check_values(const pbs_view *k, const pbs_view *v, int data_needed);
 /* block_size and segment_size; fills blocks_q, blocks_k, words. */
@@ -32,10 +32,12 @@ pbs_status pbs_check_segment(int32_t segment_size, int32_t block_size, pbs_dims 
 
 pbs_status pbs_check_enum(const char *name, int value, int count);
 pbs_status pbs_check_scale(float *softmax_scale, int32_t head_dim);
-pbs_status pbs_check_tau(float tau, const float *tau_heads, int32_t heads);
-pbs_status pbs_check_exec(pbs_exec *exec);
+pbs_status pbs_check_tau(float tau, const float *tau_heads, const pbs_dims *dims);
+pbs_status pbs_check_exec(pbs_exec *exec, const pbs_dims *dims);
 
-/* perm [batch, heads, max_len]: a permutation inside each complete segment of every sequence,
+/* Values behind pointers are looked at only where the backend lets the host do so.
+ *
+ * perm [batch, heads, max_len]: a permutation inside each complete segment of every sequence,
  * identity behind them. on_heads [heads] or NULL: 0 = not looked at. */
 pbs_status pbs_check_key_perm(const char *name, const int32_t *perm, const int32_t *on_heads,
                               const pbs_dims *dims);

@@ -18,6 +18,9 @@
 #define PBS_HD static inline
 #endif
 
+/* softmax_scale * log2(e): kernels work in powers of two. */
+#define PBS_LOG2_E 1.44269504088896340736f
+
 /* One sequence of a batch. Row i of q has absolute position q_offset + i, negative when
  * q_len > kv_len: such rows see no key. */
 typedef struct pbs_seq {

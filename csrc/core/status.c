@@ -30,6 +30,7 @@ const char *pbs_status_name(pbs_status status) {
     case PBS_ERR_VALUE: return "PBS_ERR_VALUE";
     case PBS_ERR_WORKSPACE: return "PBS_ERR_WORKSPACE";
     case PBS_ERR_UNSUPPORTED: return "PBS_ERR_UNSUPPORTED";
+    case PBS_ERR_DEVICE: return "PBS_ERR_DEVICE";
     }
     return "unknown pbs_status";
 }

@@ -4,6 +4,10 @@
 
 #include "pbs/pbs.h"
 
+#ifdef __cplusplus
+extern "C" {
+#endif
+
 #if defined(__GNUC__)
 #define PBS_PRINTF_LIKE __attribute__((format(printf, 2, 3)))
 #else
@@ -12,6 +16,10 @@
 
 /* Keeps the sentence for pbs_last_error of this thread and returns status. */
 pbs_status pbs_fail(pbs_status status, const char *format, ...) PBS_PRINTF_LIKE;
+
+#ifdef __cplusplus
+}
+#endif
 
 #define PBS_TRY(call)                              \
     do {                                           \

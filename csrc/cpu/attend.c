@@ -40,14 +40,12 @@ static size_t cut(attend_run *run, void *workspace) {
     return pbs_arena_bytes(&arena);
 }
 
-size_t pbs_cpu_attend_bytes(const pbs_attend_params *p, const pbs_dims *d,
-                            const pbs_cpu_kernels *k) {
+size_t pbs_cpu_attend_bytes(const pbs_attend_params *p, const pbs_dims *d, const void *k) {
     attend_run run = {.p = p, .d = d, .k = k};
     return cut(&run, NULL);
 }
 
-pbs_status pbs_cpu_check_packed(const pbs_attend_params *p, const pbs_dims *d,
-                                const pbs_cpu_kernels *k) {
+pbs_status pbs_cpu_check_packed(const pbs_attend_params *p, const pbs_dims *d, const void *k) {
     const pbs_packed *header = (const pbs_packed *)p->packed;
     if (!header) return PBS_OK;
     if ((uintptr_t)p->packed % PBS_ALIGN)
@@ -222,7 +220,7 @@ static void pack_item(void *context, int64_t item, int32_t slot) {
     run->k->pack(&job);
 }
 
-void pbs_cpu_attend(const pbs_attend_params *p, const pbs_dims *d, const pbs_cpu_kernels *k) {
+pbs_status pbs_cpu_attend(const pbs_attend_params *p, const pbs_dims *d, const void *k) {
     attend_run run = {.p = p, .d = d, .k = k};
     cut(&run, p->workspace);
     for (int32_t w = 0; w < d->words; w++) run.all[w] = UINT32_MAX;
@@ -233,4 +231,5 @@ void pbs_cpu_attend(const pbs_attend_params *p, const pbs_dims *d, const pbs_cpu
         pbs_run(&p->exec, panels, pack_item, &run);
     }
     pbs_run(&p->exec, sort_items(&run), attend_item, &run);
+    return PBS_OK;
 }

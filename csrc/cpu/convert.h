@@ -8,7 +8,8 @@
 #include <stdint.h>
 #include <string.h>
 
-#include "backend.h"
+#include "../core/view.h"
+#include "kernels.h"
 
 static inline float pbs_float_from_bits(uint32_t bits) {
     float x;
@@ -49,8 +50,6 @@ static inline uint16_t pbs_fp32_to_fp16(float x) {
     a -= 0x38000000u; /* rebias the exponent from 127 to 15 */
     return (uint16_t)(sign | (a + 0xfffu + (a >> 13 & 1)) >> 13);
 }
-
-static inline size_t pbs_dtype_size(pbs_dtype dtype) { return dtype == PBS_DTYPE_FP32 ? 4 : 2; }
 
 /* Row i as the caller's memory has it. */
 static inline const void *pbs_row(const pbs_rows *rows, int32_t i) {

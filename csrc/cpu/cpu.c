@@ -24,30 +24,11 @@ static const pbs_cpu_kernels *table_of(pbs_isa isa) {
     }
 }
 
-const char *pbs_isa_name(pbs_isa isa) {
-    switch (isa) {
-    case PBS_ISA_AUTO: return "auto";
-    case PBS_ISA_C: return "c";
-    case PBS_ISA_AVX2: return "avx2";
-    case PBS_ISA_AVX512: return "avx512";
-    case PBS_ISA_AVX512_BF16: return "avx512bf16";
-    case PBS_ISA_EMU_AVX2: return "emu_avx2";
-    case PBS_ISA_EMU_AVX512: return "emu_avx512";
-    case PBS_ISA_EMU_AVX512_BF16: return "emu_avx512bf16";
-    case PBS_ISA_COUNT: break;
-    }
-    return NULL;
-}
+static int available(pbs_isa isa) { return table_of(isa) != NULL; }
 
-pbs_isa pbs_isa_from_name(const char *name) {
-    for (int isa = 0; name && isa < PBS_ISA_COUNT; isa++)
-        if (strcmp(name, pbs_isa_name((pbs_isa)isa)) == 0) return (pbs_isa)isa;
-    return PBS_ISA_COUNT;
-}
-
-int pbs_isa_available(pbs_isa isa) { return isa != PBS_ISA_AUTO && table_of(isa) != NULL; }
-
-pbs_status pbs_cpu_choose(pbs_isa wanted, pbs_dtype dtype, const pbs_cpu_kernels **kernels) {
+static pbs_status choose(const pbs_exec *exec, pbs_dtype dtype, const void **kernels,
+                         pbs_isa *chosen) {
+    pbs_isa wanted = exec->isa;
     const char *from = "exec.isa", *name = NULL;
     if (wanted == PBS_ISA_AUTO) {
         name = getenv("PBS_ATTN_ISA");
@@ -61,24 +42,51 @@ pbs_status pbs_cpu_choose(pbs_isa wanted, pbs_dtype dtype, const pbs_cpu_kernels
                                 name);
         }
     }
-    if (wanted != PBS_ISA_AUTO && !pbs_isa_available(wanted))
+    if (wanted != PBS_ISA_AUTO && !available(wanted))
         return pbs_fail(PBS_ERR_UNSUPPORTED, "%s: %s; not built, or not on this CPU", from,
                         pbs_isa_name(wanted));
     int emulated = wanted >= PBS_ISA_EMU_AVX2;
     int isa = wanted == PBS_ISA_AUTO ? PBS_ISA_AVX512_BF16 : (int)wanted;
     for (int last = emulated ? PBS_ISA_EMU_AVX2 : PBS_ISA_C; isa >= last; isa--) {
-        *kernels = table_of((pbs_isa)isa);
-        if (*kernels && (*kernels)->takes(dtype)) return PBS_OK;
+        const pbs_cpu_kernels *table = table_of((pbs_isa)isa);
+        if (!table || !table->takes(dtype)) continue;
+        *kernels = table;
+        *chosen = table->isa;
+        return PBS_OK;
     }
     return pbs_fail(PBS_ERR_UNSUPPORTED, "dtype: %d; no kernel takes it", (int)dtype);
 }
 
-const pbs_cpu_kernels *pbs_cpu_kernels_for(pbs_isa wanted, pbs_dtype dtype) {
-    const pbs_cpu_kernels *kernels = NULL;
-    return pbs_cpu_choose(wanted, dtype, &kernels) == PBS_OK ? kernels : NULL;
+/* Waves small enough that one reuses the pages (and the cache) of the last, with work for every
+ * thread. */
+enum { CAP_PER_THREAD = 16 << 20, CAP_AT_MOST = 256 << 20 };
+
+static size_t wave_cap(const pbs_exec *exec) {
+    size_t threads = (size_t)exec->num_threads, most = CAP_AT_MOST / CAP_PER_THREAD;
+    return CAP_PER_THREAD * (threads < most ? threads : most);
 }
 
-pbs_isa pbs_isa_for(pbs_isa wanted, pbs_dtype dtype) {
-    const pbs_cpu_kernels *kernels = pbs_cpu_kernels_for(wanted, dtype);
-    return kernels ? kernels->isa : PBS_ISA_COUNT;
+static pbs_status fill_identity(const pbs_exec *exec, int32_t *perm, int64_t heads, int32_t len) {
+    (void)exec;
+    for (int64_t i = 0; i < heads * len; i++) perm[i] = (int32_t)(i % len);
+    return PBS_OK;
 }
+
+const pbs_backend pbs_cpu_backend = {
+    .name = "cpu",
+    .available = available,
+    .choose = choose,
+    .score_bytes = pbs_cpu_score_bytes,
+    .score = pbs_cpu_score,
+    .packed_bytes = pbs_cpu_packed_bytes,
+    .permute_bytes = pbs_cpu_permute_bytes,
+    .permute = pbs_cpu_permute,
+    .select_bytes = pbs_cpu_select_bytes,
+    .select = pbs_cpu_select,
+    .score_strip = pbs_cpu_score_strip,
+    .check_packed = pbs_cpu_check_packed,
+    .attend_bytes = pbs_cpu_attend_bytes,
+    .attend = pbs_cpu_attend,
+    .wave_cap = wave_cap,
+    .fill_identity = fill_identity,
+};

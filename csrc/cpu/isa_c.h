@@ -6,7 +6,7 @@
 #ifndef PBS_CPU_ISA_C_H
 #define PBS_CPU_ISA_C_H
 
-#include "backend.h"
+#include "kernels.h"
 
 /* score_c.c */
 size_t pbs_score_scratch_c(int32_t head_dim, int32_t probe_rows);

@@ -16,7 +16,7 @@
 #include "../core/arena.h"
 #include "../core/check.h"
 #include "../core/random.h"
-#include "backend.h"
+#include "kernels.h"
 #include "convert.h"
 
 #define PBS_PACKED_MAGIC UINT64_C(0x31564b5f53425000) /* "\0PBS_KV1" */
@@ -95,9 +95,8 @@ static inline char *pbs_permuted_panels(const pbs_packed *header, const pbs_dims
 
 /* First row of one head of one sequence. */
 static inline pbs_rows pbs_head_rows(const pbs_view *v, int32_t b, int32_t h, int64_t start) {
-    int64_t at = b * v->stride[0] + h * v->stride[1] + start * v->stride[2];
     pbs_rows rows;
-    rows.base = v->data ? (const char *)v->data + at * (int64_t)pbs_dtype_size(v->dtype) : NULL;
+    rows.base = pbs_view_at(v, b, h, start);
     rows.stride = v->stride[2];
     rows.index = NULL;
     rows.dtype = v->dtype;

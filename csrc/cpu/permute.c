@@ -35,13 +35,12 @@ static size_t cut(permute_run *run, void *workspace) {
     return pbs_arena_bytes(&arena);
 }
 
-size_t pbs_cpu_permute_bytes(const pbs_permute_params *p, const pbs_dims *d,
-                             const pbs_cpu_kernels *k) {
+size_t pbs_cpu_permute_bytes(const pbs_permute_params *p, const pbs_dims *d, const void *k) {
     permute_run run = {.p = p, .d = d, .k = k};
     return cut(&run, NULL);
 }
 
-size_t pbs_cpu_packed_bytes(const pbs_dims *d, pbs_permute_mode mode, const pbs_cpu_kernels *k) {
+size_t pbs_cpu_packed_bytes(const pbs_dims *d, pbs_permute_mode mode, const void *k) {
     pbs_packed header;
     return pbs_packed_layout(d, pbs_permutes_keys(mode), k, &header);
 }
@@ -220,7 +219,7 @@ static void fill_pool_len(const permute_run *run) {
     }
 }
 
-void pbs_cpu_permute(const pbs_permute_params *p, const pbs_dims *d, const pbs_cpu_kernels *k) {
+pbs_status pbs_cpu_permute(const pbs_permute_params *p, const pbs_dims *d, const void *k) {
     permute_run run = {.p = p, .d = d, .k = k};
     cut(&run, p->workspace);
     if (p->packed) start_packed(&run);
@@ -232,4 +231,5 @@ void pbs_cpu_permute(const pbs_permute_params *p, const pbs_dims *d, const pbs_c
         int64_t row_segments = pbs_ceil_div(d->max_q, d->segment_size);
         pbs_run(&p->exec, (int64_t)d->batch * d->heads_q * row_segments, queries_item, &run);
     }
+    return PBS_OK;
 }

@@ -3,7 +3,7 @@
 #define PBS_CPU_PERMUTE_QUERIES_H
 
 #include "../core/check.h"
-#include "backend.h"
+#include "kernels.h"
 
 /* One complete row segment against the blocks of one complete key segment. */
 typedef struct pbs_query_segment {

@@ -45,7 +45,7 @@ static size_t cut(score_run *run, void *workspace) {
     return pbs_arena_bytes(&arena);
 }
 
-size_t pbs_cpu_score_bytes(const pbs_score_params *p, const pbs_dims *d, const pbs_cpu_kernels *k) {
+size_t pbs_cpu_score_bytes(const pbs_score_params *p, const pbs_dims *d, const void *k) {
     score_run run = {.p = p, .d = d, .k = k};
     return cut(&run, NULL);
 }
@@ -188,14 +188,15 @@ static void rest_item(void *context, int64_t item, int32_t slot) {
     for (int32_t j = scored; j < d->max_k; j++) score[j] = 0.0f;
 }
 
-void pbs_cpu_score(const pbs_score_params *p, const pbs_dims *d, const pbs_cpu_kernels *k,
-                   int32_t first_head) {
+pbs_status pbs_cpu_score(const pbs_score_params *p, const pbs_dims *d, const void *k,
+                         int32_t first_head) {
     score_run run = {.p = p, .d = d, .k = k, .first_head = first_head};
     int64_t heads = (int64_t)d->batch * d->heads_p;
     pbs_run(&p->exec, heads, rest_item, &run);
-    if (cut(&run, p->workspace) == 0) return;
+    if (cut(&run, p->workspace) == 0) return PBS_OK;
     pbs_run(&p->exec, heads, probe_item, &run);
     pbs_run(&p->exec, heads * run.chunks, stats_item, &run);
     pbs_run(&p->exec, heads, reduce_item, &run);
     pbs_run(&p->exec, heads * run.chunks, columns_item, &run);
+    return PBS_OK;
 }

@@ -68,8 +68,7 @@ static size_t cut(select_run *run, void *workspace) {
     return pbs_arena_bytes(&arena);
 }
 
-size_t pbs_cpu_select_bytes(const pbs_select_params *p, const pbs_dims *d,
-                            const pbs_cpu_kernels *k) {
+size_t pbs_cpu_select_bytes(const pbs_select_params *p, const pbs_dims *d, const void *k) {
     select_run run = {.p = p, .d = d, .k = k};
     return cut(&run, NULL);
 }
@@ -152,14 +151,15 @@ static void strip_item(void *context, int64_t item, int32_t thread) {
         p->count[row + r] = finish_row(run, s, row_begin + r, first, bits + (int64_t)r * d->words);
 }
 
-void pbs_cpu_select(const pbs_select_params *p, const pbs_dims *d, const pbs_cpu_kernels *k) {
+pbs_status pbs_cpu_select(const pbs_select_params *p, const pbs_dims *d, const void *k) {
     select_run run = {.p = p, .d = d, .k = k};
     cut(&run, p->workspace);
     pbs_run(&p->exec, (int64_t)d->batch * d->heads_q * run.strips, strip_item, &run);
+    return PBS_OK;
 }
 
-void pbs_cpu_score_strip(const pbs_select_params *p, const pbs_dims *d, const pbs_cpu_kernels *k,
-                         int32_t batch, int32_t head, int32_t row_begin, pbs_strip *strip) {
+pbs_status pbs_cpu_score_strip(const pbs_select_params *p, const pbs_dims *d, const void *k,
+                               int32_t batch, int32_t head, int32_t row_begin, pbs_strip *strip) {
     select_run run = {.p = p, .d = d, .k = k};
     slot mine;
     cut(&run, p->workspace);
@@ -171,4 +171,5 @@ void pbs_cpu_score_strip(const pbs_select_params *p, const pbs_dims *d, const pb
         part.eligible += r * strip->eligible_stride;
         score_strip(&run, batch, head, row_begin + r, &part, mine.method);
     }
+    return PBS_OK;
 }

@@ -7,7 +7,7 @@
 #define PBS_CPU_SELECT_METHODS_H
 
 #include "../core/check.h"
-#include "backend.h"
+#include "kernels.h"
 
 enum { PBS_STRIP_ROWS = 16 };
 

@@ -36,7 +36,7 @@
 #include <string.h>
 
 #include "core/geometry.h"
-#include "cpu/backend.h"
+#include "cpu/kernels.h"
 
 #define INLINE static inline __attribute__((always_inline))
 

@@ -59,7 +59,8 @@ typedef enum pbs_status {
     PBS_ERR_STRIDE = 5,      /* last dimension not contiguous, or an output that overlaps itself */
     PBS_ERR_VALUE = 6,       /* an option outside what is allowed */
     PBS_ERR_WORKSPACE = 7,   /* workspace or packed buffer too small, or made by another call */
-    PBS_ERR_UNSUPPORTED = 8  /* legal, but no kernel does it: take the dense route */
+    PBS_ERR_UNSUPPORTED = 8, /* legal, but no kernel does it: take the dense route */
+    PBS_ERR_DEVICE = 9       /* the GPU or its driver refused a launch */
 } pbs_status;
 
 PBS_API const char *pbs_status_name(pbs_status status);
@@ -117,6 +118,7 @@ typedef enum pbs_isa {
     PBS_ISA_EMU_AVX2 = 5, /* the same kernels on an emulated vector unit: slow, for tests */
     PBS_ISA_EMU_AVX512 = 6,
     PBS_ISA_EMU_AVX512_BF16 = 7,
+    PBS_ISA_SM80 = 8, /* CUDA, compute capability 8.0 and up */
     PBS_ISA_COUNT
 } pbs_isa;
 

@@ -4,12 +4,8 @@
  * rectangle of the call: all heads of some sequences, or some K/V heads of one. Each verb sees it
  * as a smaller call on the same memory, so the result is what the four verbs give, bit for bit.
  */
-#include "cpu.h"
-#include "packed.h"
-
-/* Default cap: waves small enough that one reuses the pages (and the cache) of the last, with work
- * for every thread. */
-enum { CAP_PER_THREAD = 16 << 20, CAP_AT_MOST = 256 << 20 };
+#include "arena.h"
+#include "backend.h"
 
 /* Sequences [batch, batch + batches) and K/V heads [head, head + heads). */
 typedef struct wave {
@@ -20,7 +16,8 @@ typedef struct wave {
 typedef struct prefill_run {
     const pbs_prefill_params *p;
     const pbs_dims *d;
-    const pbs_cpu_kernels *k;
+    const pbs_backend *backend;
+    const void *k;
     pbs_dims dims; /* of the wave */
     float *score;
     int32_t *k_perm, *q_perm, *count;
@@ -36,7 +33,7 @@ static pbs_view part_of(const pbs_view *v, const wave *w, int32_t first_head, in
     pbs_view part = *v;
     part.size[0] = w->batches;
     part.size[1] = heads;
-    part.data = (void *)(uintptr_t)pbs_head_rows(v, w->batch, first_head, 0).base;
+    part.data = pbs_view_at(v, w->batch, first_head, 0);
     return part;
 }
 
@@ -179,10 +176,11 @@ static size_t verbs_bytes(prefill_run *run, const wave *w) {
     pbs_select_params select = select_params(run, w);
     pbs_attend_params attend = attend_params(run, w);
     attend.packed = run;
-    size_t bytes = pbs_cpu_permute_bytes(&permute, &run->dims, run->k);
-    if (needs_score(run->p)) bytes = larger(bytes, pbs_cpu_score_bytes(&score, &run->dims, run->k));
-    bytes = larger(bytes, pbs_cpu_select_bytes(&select, &run->dims, run->k));
-    return larger(bytes, pbs_cpu_attend_bytes(&attend, &run->dims, run->k));
+    const pbs_backend *be = run->backend;
+    size_t bytes = be->permute_bytes(&permute, &run->dims, run->k);
+    if (needs_score(run->p)) bytes = larger(bytes, be->score_bytes(&score, &run->dims, run->k));
+    bytes = larger(bytes, be->select_bytes(&select, &run->dims, run->k));
+    return larger(bytes, be->attend_bytes(&attend, &run->dims, run->k));
 }
 
 static size_t cut(prefill_run *run, const wave *w, void *workspace) {
@@ -200,7 +198,7 @@ static size_t cut(prefill_run *run, const wave *w, void *workspace) {
     run->count = (int32_t *)pbs_arena_take(&arena, q_heads, d->blocks_q, sizeof(int32_t));
     run->bits =
         (uint32_t *)pbs_arena_take(&arena, q_heads * d->blocks_q, d->words, sizeof(uint32_t));
-    run->packed_bytes = pbs_cpu_packed_bytes(d, run->p->mode, run->k);
+    run->packed_bytes = run->backend->packed_bytes(d, run->p->mode, run->k);
     run->packed = pbs_arena_take(&arena, 1, 1, run->packed_bytes);
     run->verbs_bytes = verbs_bytes(run, w);
     run->verbs = pbs_arena_take(&arena, 1, 1, run->verbs_bytes);
@@ -210,9 +208,8 @@ static size_t cut(prefill_run *run, const wave *w, void *workspace) {
 /* The largest wave under the cap; one K/V head of one sequence is always allowed. */
 static wave largest_wave(prefill_run *run, size_t *bytes) {
     const pbs_dims *d = run->d;
-    size_t threads = (size_t)run->p->exec.num_threads, most = CAP_AT_MOST / CAP_PER_THREAD;
-    size_t cap = CAP_PER_THREAD * (threads < most ? threads : most);
-    if (run->p->workspace_cap) cap = run->p->workspace_cap;
+    size_t cap = run->p->workspace_cap;
+    if (!cap) cap = run->backend->wave_cap(&run->p->exec);
     wave best = {0, 1, 0, 1}, next = best;
     *bytes = cut(run, &best, NULL);
     while (best.heads < d->heads_k || best.batches < d->batch) {
@@ -231,9 +228,8 @@ static wave largest_wave(prefill_run *run, size_t *bytes) {
 
 static int nothing_to_do(const pbs_dims *d) { return d->batch == 0 || d->heads_k == 0; }
 
-size_t pbs_cpu_prefill_bytes(const pbs_prefill_params *p, const pbs_dims *d,
-                             const pbs_cpu_kernels *k) {
-    prefill_run run = {.p = p, .d = d, .k = k};
+size_t pbs_prefill_bytes(const pbs_prefill_params *p, const pbs_dims *d, const void *kernels) {
+    prefill_run run = {.p = p, .d = d, .backend = d->backend, .k = kernels};
     size_t bytes;
     if (nothing_to_do(d)) return 0;
     largest_wave(&run, &bytes);
@@ -252,32 +248,39 @@ static void use_caller_outputs(prefill_run *run, const wave *w) {
     if (p->q_perm && pbs_permutes_queries(p->mode)) run->q_perm = p->q_perm + q_head * d->max_q;
 }
 
-static void run_wave(prefill_run *run, const wave *w) {
+static pbs_status run_wave(prefill_run *run, const wave *w) {
     const pbs_dims *d = &run->dims;
     if (needs_score(run->p)) {
         pbs_score_params score = score_params(run, w);
         int32_t first = w->head * (run->d->heads_p / run->d->heads_k);
-        pbs_cpu_score(&score, d, run->k, first);
+        PBS_TRY(run->backend->score(&score, d, run->k, first));
     }
     pbs_permute_params permute = permute_params(run, w);
-    pbs_cpu_permute(&permute, d, run->k);
+    PBS_TRY(run->backend->permute(&permute, d, run->k));
     pbs_select_params select = select_params(run, w);
-    pbs_cpu_select(&select, d, run->k);
+    PBS_TRY(run->backend->select(&select, d, run->k));
     pbs_attend_params attend = attend_params(run, w);
-    pbs_cpu_attend(&attend, d, run->k);
+    return run->backend->attend(&attend, d, run->k);
 }
 
-static void fill_identity(int32_t *perm, int64_t heads, int32_t len) {
-    for (int64_t i = 0; perm && i < heads * len; i++) perm[i] = (int32_t)(i % len);
+/* Orders that the caller wants to see, where the mode leaves them natural. */
+static pbs_status fill_natural_orders(const prefill_run *run) {
+    const pbs_prefill_params *p = run->p;
+    const pbs_dims *d = run->d;
+    if (p->k_perm && is_natural(p->mode))
+        PBS_TRY(run->backend->fill_identity(&p->exec, p->k_perm, (int64_t)d->batch * d->heads_p,
+                                            d->max_k));
+    if (p->q_perm && !pbs_permutes_queries(p->mode))
+        PBS_TRY(run->backend->fill_identity(&p->exec, p->q_perm, (int64_t)d->batch * d->heads_q,
+                                            d->max_q));
+    return PBS_OK;
 }
 
-void pbs_cpu_prefill(const pbs_prefill_params *p, const pbs_dims *d, const pbs_cpu_kernels *k) {
-    prefill_run run = {.p = p, .d = d, .k = k};
+pbs_status pbs_prefill_run(const pbs_prefill_params *p, const pbs_dims *d, const void *kernels) {
+    prefill_run run = {.p = p, .d = d, .backend = d->backend, .k = kernels};
     size_t bytes;
-    if (nothing_to_do(d)) return;
-    if (is_natural(p->mode)) fill_identity(p->k_perm, (int64_t)d->batch * d->heads_p, d->max_k);
-    if (!pbs_permutes_queries(p->mode))
-        fill_identity(p->q_perm, (int64_t)d->batch * d->heads_q, d->max_q);
+    if (nothing_to_do(d)) return PBS_OK;
+    PBS_TRY(fill_natural_orders(&run));
     wave w = largest_wave(&run, &bytes), step = w;
     for (w.batch = 0; w.batch < d->batch; w.batch += step.batches) {
         w.batches = pbs_min_i32(step.batches, d->batch - w.batch);
@@ -285,7 +288,8 @@ void pbs_cpu_prefill(const pbs_prefill_params *p, const pbs_dims *d, const pbs_c
             w.heads = pbs_min_i32(step.heads, d->heads_k - w.head);
             cut(&run, &w, p->workspace);
             use_caller_outputs(&run, &w);
-            run_wave(&run, &w);
+            PBS_TRY(run_wave(&run, &w));
         }
     }
+    return PBS_OK;
 }

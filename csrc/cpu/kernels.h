@@ -8,8 +8,8 @@
  * original) keys. What a panel looks like inside is the ISA's own business; its size is
  * panel_bytes(), K part first, then V. Keys that do not exist are packed as zeros.
  */
-#ifndef PBS_CPU_BACKEND_H
-#define PBS_CPU_BACKEND_H
+#ifndef PBS_CPU_KERNELS_H
+#define PBS_CPU_KERNELS_H
 
 #include <stddef.h>
 #include <stdint.h>
@@ -77,6 +77,7 @@ typedef struct pbs_attend_job {
     void *scratch; /* attend_scratch() bytes, 64-byte aligned */
 } pbs_attend_job;
 
+/* One line per instruction set in isa_list.inc: PBS_CPU_ISA(enum, table symbol, name). */
 typedef struct pbs_cpu_kernels {
     pbs_isa isa;
     const char *name;
@@ -100,7 +101,4 @@ typedef struct pbs_cpu_kernels {
     void (*attend_block)(const pbs_attend_job *job);
 } pbs_cpu_kernels;
 
-/* One line per instruction set in isa_list.inc: PBS_CPU_ISA(enum, table symbol, name). */
-const pbs_cpu_kernels *pbs_cpu_kernels_for(pbs_isa wanted, pbs_dtype dtype);
-
-#endif /* PBS_CPU_BACKEND_H */
+#endif /* PBS_CPU_KERNELS_H */

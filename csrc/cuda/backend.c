@@ -1,0 +1,97 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * The CUDA backend's table: each verb on the device of the call, between entering and leaving it.
+ */
+#include <stdint.h>
+
+#include "cuda.h"
+
+static int available(pbs_isa isa) { return isa == PBS_ISA_SM80; }
+
+/* One set of kernels, so there is nothing to hand on: NULL stands for it. */
+static pbs_status choose(const pbs_exec *exec, pbs_dtype dtype, const void **kernels,
+                         pbs_isa *isa) {
+    if (exec->isa != PBS_ISA_AUTO && !available(exec->isa))
+        return pbs_fail(PBS_ERR_UNSUPPORTED, "exec.isa: %s; CUDA calls run sm80",
+                        pbs_isa_name(exec->isa));
+    if (dtype != PBS_DTYPE_FP16 && dtype != PBS_DTYPE_BF16)
+        return pbs_fail(PBS_ERR_UNSUPPORTED, "dtype: %d; fp16 (2) and bf16 (3) run on CUDA",
+                        (int)dtype);
+    *kernels = NULL;
+    *isa = PBS_ISA_SM80;
+    return PBS_OK;
+}
+
+pbs_status pbs_cuda_check_aligned(const char *name, const pbs_view *view) {
+    int aligned = (uintptr_t)view->data % 16 == 0;
+    for (int i = 0; i < 3; i++)
+        aligned &=
+            view->size[i] <= 1 || view->stride[i] * (int64_t)pbs_dtype_size(view->dtype) % 16 == 0;
+    if (aligned || !view->size[0] || !view->size[1] || !view->size[2]) return PBS_OK;
+    return pbs_fail(
+        PBS_ERR_UNSUPPORTED,
+        "%s: %p with strides %lld, %lld, %lld; rows must start on multiples of 16 bytes", name,
+        view->data, (long long)view->stride[0], (long long)view->stride[1],
+        (long long)view->stride[2]);
+}
+
+/* A verb of a call between entering its device and leaving it. */
+#define ON_DEVICE(call)                                                   \
+    do {                                                                  \
+        int32_t previous;                                                 \
+        const char *refusal = pbs_cuda_refuses(p->exec.device);           \
+        if (refusal) return pbs_fail(PBS_ERR_UNSUPPORTED, "%s", refusal); \
+        PBS_TRY(pbs_cuda_enter(p->exec.device, &previous));               \
+        pbs_status status = (call);                                       \
+        pbs_cuda_leave(p->exec.device, previous);                         \
+        return status;                                                    \
+    } while (0)
+
+static pbs_status score(const pbs_score_params *p, const pbs_dims *d, const void *kernels,
+                        int32_t first_head) {
+    ON_DEVICE(pbs_cuda_score(p, d, kernels, first_head));
+}
+
+static pbs_status permute(const pbs_permute_params *p, const pbs_dims *d, const void *kernels) {
+    ON_DEVICE(pbs_cuda_permute(p, d, kernels));
+}
+
+static pbs_status select(const pbs_select_params *p, const pbs_dims *d, const void *kernels) {
+    ON_DEVICE(pbs_cuda_select(p, d, kernels));
+}
+
+static pbs_status attend(const pbs_attend_params *p, const pbs_dims *d, const void *kernels) {
+    ON_DEVICE(pbs_cuda_attend(p, d, kernels));
+}
+
+static pbs_status fill_identity(const pbs_exec *exec, int32_t *perm, int64_t heads, int32_t len) {
+    struct {
+        pbs_exec exec;
+    } call = {*exec}, *p = &call;
+    ON_DEVICE(pbs_cuda_fill_identity(exec, perm, heads, len));
+}
+
+/* Room for several K/V heads at 128K, so that a wave fills the device; see docs/cuda.md. */
+static size_t wave_cap(const pbs_exec *exec) {
+    (void)exec;
+    return (size_t)1 << 30;
+}
+
+const pbs_backend pbs_cuda_backend = {
+    .name = "cuda",
+    .on_device = 1,
+    .available = available,
+    .choose = choose,
+    .score_bytes = pbs_cuda_score_bytes,
+    .score = score,
+    .packed_bytes = pbs_cuda_packed_bytes,
+    .permute_bytes = pbs_cuda_permute_bytes,
+    .permute = permute,
+    .select_bytes = pbs_cuda_select_bytes,
+    .select = select,
+    .check_packed = pbs_cuda_check_packed,
+    .attend_bytes = pbs_cuda_attend_bytes,
+    .attend = attend,
+    .wave_cap = wave_cap,
+    .fill_identity = fill_identity,
+};

@@ -1,0 +1,61 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Launching a kernel, the same on a GPU and under the emulation. A launch that the device refuses
+ * comes back as PBS_ERR_DEVICE with the runtime's words.
+ */
+#ifndef PBS_CUDA_LAUNCH_CUH
+#define PBS_CUDA_LAUNCH_CUH
+
+#include "../core/status.h"
+#include "platform.cuh"
+
+namespace pbs {
+
+#if defined(__CUDACC__)
+
+/* Beyond this much dynamic shared memory a kernel must say so before it is launched. */
+constexpr size_t SHARED_WITHOUT_ASKING = 48 << 10;
+
+inline pbs_status device_error(const char *what, cudaError_t error) {
+    return pbs_fail(PBS_ERR_DEVICE, "%s: %s", what, cudaGetErrorString(error));
+}
+
+/* kernel<<<blocks, threads, shared>>>(args...) on exec's stream. No blocks: nothing happens. */
+template <class... P, class... A>
+pbs_status launch(const pbs_exec &exec, const char *name, void (*kernel)(P...), int64_t blocks,
+                  int threads, size_t shared, const A &...args) {
+    if (blocks <= 0) return PBS_OK;
+    if (blocks > INT32_MAX)
+        return pbs_fail(PBS_ERR_UNSUPPORTED, "%s: %lld blocks in one launch; at most 2^31 - 1",
+                        name, static_cast<long long>(blocks));
+    if (shared > SHARED_WITHOUT_ASKING) {
+        const cudaError_t error = cudaFuncSetAttribute(
+            kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+        if (error != cudaSuccess) return device_error(name, error);
+    }
+    kernel<<<static_cast<unsigned>(blocks), threads, shared,
+             static_cast<cudaStream_t>(exec.stream)>>>(args...);
+    const cudaError_t error = cudaGetLastError();
+    return error == cudaSuccess ? PBS_OK : device_error(name, error);
+}
+
+#else
+
+template <class... P, class... A>
+pbs_status launch(const pbs_exec &exec, const char *name, void (*kernel)(P...), int64_t blocks,
+                  int threads, size_t shared, const A &...args) {
+    (void)exec;
+    if (blocks <= 0) return PBS_OK;
+    const char *error = emu::launch(name, blocks, threads, shared, [&] { kernel(args...); });
+    return error ? pbs_fail(PBS_ERR_DEVICE, "%s", error) : PBS_OK;
+}
+
+#endif
+
+/* PBS_TRY(PBS_LAUNCH(exec, kernel, blocks, threads, shared, args...)); template arguments of the
+ * kernel go into parentheses of their own: (attend_kernel<bf16, 128>). */
+#define PBS_LAUNCH(exec, kernel, ...) ::pbs::launch(exec, #kernel, kernel, __VA_ARGS__)
+
+} // namespace pbs
+
+#endif /* PBS_CUDA_LAUNCH_CUH */
