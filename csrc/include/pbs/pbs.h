@@ -10,7 +10,7 @@
  *  - The caller owns all memory. Nothing is allocated, printed or kept between calls; the only
  *    state is the thread-local detail of the last error (pbs_last_error).
  *  - Every argument is checked before any output is written: a call that fails leaves outputs
- *    untouched.
+ *    untouched. On a device, where the host cannot read what pointers point to, kernels clamp it.
  *  - Params structs start with struct_size = sizeof(the struct). Fields are only ever appended, so
  *    an older caller keeps working; fields it does not know are taken as zero.
  *    Zero-initialise a struct, then name the fields you set (PBS_INIT does the first part).
@@ -353,7 +353,8 @@ typedef struct pbs_prefill_params {
     uint32_t *bits;  /* [B, Hq, Tq, W] out, or NULL */
     int32_t *k_perm; /* [B, Hp, Nk] out, or NULL */
     int32_t *q_perm; /* [B, Hq, Nq] out, or NULL */
-    /* Bytes a wave may use; 0 = 16 MiB a thread, at most 256 MiB. One K/V head always fits. */
+    /* Bytes a wave may use; 0 = 16 MiB a thread, at most 256 MiB (CUDA: 1 GiB). One K/V head always
+     * fits. */
     size_t workspace_cap;
     void *workspace;
     size_t workspace_bytes;
