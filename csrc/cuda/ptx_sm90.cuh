@@ -4,7 +4,8 @@
  * are in ptx_wgmma.cuh. Included by ptx.cuh, whose rules hold here too.
  *
  * Every build parses these functions, but only sm_90a has the instructions: built for another GPU
- * each is a trap, so that a kernel which was launched on the wrong one says so.
+ * each is a trap, so that a kernel which was launched on the wrong one says so. (bar, st.shared and
+ * prefetch are everywhere.)
  */
 #ifndef PBS_CUDA_PTX_SM90_CUH
 #define PBS_CUDA_PTX_SM90_CUH
@@ -192,7 +193,7 @@ template <int pending> PBS_DEVICE void tma_store_wait() {
 
 /* A line of global memory is fetched into L2. 9.7.9.15 */
 PBS_DEVICE void prefetch_l2(const void *address) {
-    PBS_ASM_SM90("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(address)) : "memory");
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(address)) : "memory");
 }
 
 /* ---- stores that the copy engine or the tensor cores will read --------------------------------
@@ -200,10 +201,10 @@ PBS_DEVICE void prefetch_l2(const void *address) {
 /* Ordinary stores; through these functions because the emulation then sees a missing
  * fence_proxy_async. 9.7.9.11 */
 PBS_DEVICE void st_shared(uint32_t to, uint32_t value) {
-    PBS_ASM_SM90("st.shared.b32 [%0], %1;" ::"r"(to), "r"(value) : "memory");
+    asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(value) : "memory");
 }
 PBS_DEVICE void st_shared_x4(uint32_t to, const uint32_t (&r)[4]) {
-    PBS_ASM_SM90("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(r[0]), "r"(r[1]),
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(r[0]), "r"(r[1]),
                  "r"(r[2]), "r"(r[3])
                  : "memory");
 }
@@ -242,10 +243,10 @@ template <int registers> PBS_DEVICE void setmaxnreg_inc() {
 /* Barrier 0 to 15 among `threads` threads, a multiple of 32; __syncthreads is barrier 0 of all.
  * arrive counts and goes on. 9.7.13.1 */
 PBS_DEVICE void bar_sync(uint32_t barrier, uint32_t threads) {
-    PBS_ASM_SM90("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 PBS_DEVICE void bar_arrive(uint32_t barrier, uint32_t threads) {
-    PBS_ASM_SM90("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+    asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
 /* ---- clusters and dependent launches ----------------------------------------------------------
