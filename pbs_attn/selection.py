@@ -27,6 +27,7 @@ NAMES = {
         "emu_avx2": 5,
         "emu_avx512": 6,
         "emu_avx512bf16": 7,
+        "sm80": 8,
     },
 }
 CONFIG_NAMES = ("permute", "order", "gqa", "select", "reduce", "rule")

@@ -40,8 +40,20 @@ class Verbs(NamedTuple):
     lse: torch.Tensor
 
 
-def four_verbs(q, k, v, config, geometry=None, *, tau_heads=None, permute_heads=None, isa="auto"):
-    """score, permute, select and attend one after another through the ops."""
+def four_verbs(
+    q,
+    k,
+    v,
+    config,
+    geometry=None,
+    *,
+    tau_heads=None,
+    permute_heads=None,
+    k_perm_in=None,
+    isa="auto",
+    ops=ops,
+):
+    """score, permute, select and attend one after another through the ops, or those of a backend"""
     cut = {
         "geometry": geometry or Geometry(),
         "block_size": config.block_size,
@@ -50,10 +62,17 @@ def four_verbs(q, k, v, config, geometry=None, *, tau_heads=None, permute_heads=
         "isa": isa,
     }
     score = None
-    if config.permute in ("keys", "both"):
+    if config.permute in ("keys", "both") and k_perm_in is None:
         score = ops.score(q, k, order=config.order, seed=config.seed, **cut)
     k_perm, q_perm, k_pool, v_pool, packed = ops.permute(
-        q, k, v, score, permute_heads=permute_heads, mode=config.permute, **cut
+        q,
+        k,
+        v,
+        score,
+        k_perm_in=k_perm_in,
+        permute_heads=permute_heads,
+        mode=config.permute,
+        **cut,
     )
     q_perm = q_perm if config.permute in PERMUTES_QUERIES else None
     bits, count, mass = ops.select(

@@ -19,7 +19,9 @@ ENUMS = {  # the numbers of csrc/include/pbs/pbs.h
     "rule": ("prefix", "relative", "absolute", "budget"),
     "own": ("segment", "block", "mask", "none", "all"),
 }
-ISAS = (None, "c", "avx2", "avx512", "avx512bf16", "emu_avx2", "emu_avx512", "emu_avx512bf16")
+ISAS = (
+    None, "c", "avx2", "avx512", "avx512bf16", "emu_avx2", "emu_avx512", "emu_avx512bf16", "sm80",
+)  # fmt: skip
 WHOLE = (None, None, None, None, 0, 0)  # no geometry
 
 
@@ -65,21 +67,30 @@ class Reference:
 
 
 class Ops:
-    """torch.ops.pbs_attn under one instruction set."""
+    """The ops of a namespace under one instruction set. Tensors come and go on the CPU, whatever
+    device the ops run on."""
 
-    def __init__(self, isa=None):
+    def __init__(self, isa=None, namespace=torch.ops.pbs_attn, device="cpu"):
         self.isa = ISAS.index(isa)
-        self.ops = torch.ops.pbs_attn
+        self.namespace = namespace
+        self.device = torch.device(device)
+
+    def run(self, verb, *args):
+        there = [x.to(self.device) if isinstance(x, torch.Tensor) else x for x in args]
+        result = getattr(self.namespace, verb)(*there)
+        if isinstance(result, tuple):
+            return tuple(x.cpu() for x in result)
+        return result.cpu()
 
     def score(self, q, k, *, gqa="per_head", order="last_block", seed=0, block=128, segment=256):
-        return self.ops.score(
-            q[None], k[None], *WHOLE, 0.0, block, segment,
+        return self.run(
+            "score", q[None], k[None], *WHOLE, 0.0, block, segment,
             number("gqa", gqa), number("order", order), seed, self.isa,
         )[0]  # fmt: skip
 
     def _permute(self, q, k, v, s, k_perm, gqa, permute, block, segment, pack):
-        return self.ops.permute(
-            q[None], k[None], v[None], None if s is None else s.float()[None],
+        return self.run(
+            "permute", q[None], k[None], v[None], None if s is None else s.float()[None],
             None if k_perm is None else k_perm.int()[None], None, *WHOLE, block, segment,
             number("gqa", gqa), number("permute", permute), pack, self.isa,
         )  # fmt: skip
@@ -97,8 +108,8 @@ class Ops:
     ):  # fmt: skip
         keyed = "keys" if k_perm is not None else "identity"
         k_pool = self._permute(q, k, k, None, k_perm, gqa, keyed, block, segment, False)[2]
-        bits, count, mass = self.ops.select(
-            q[None], k[None], k_pool, None if k_perm is None else k_perm.int()[None],
+        bits, count, mass = self.run(
+            "select", q[None], k[None], k_pool, None if k_perm is None else k_perm.int()[None],
             None if q_perm is None else q_perm.int()[None], None, *WHOLE, 0.0, block, segment,
             number("gqa", gqa), number("permute", permute), number("method", method), stride,
             number("reduce", reduce), number("rule", rule), tau, True, self.isa,
@@ -114,8 +125,8 @@ class Ops:
         packed = None
         if k_perm is not None:
             packed = self._permute(q, k, v, None, k_perm, gqa, "keys", block_k, segment, True)[4]
-        out, lse = self.ops.attend(
-            q[None], k[None], v[None], packed,
+        out, lse = self.run(
+            "attend", q[None], k[None], v[None], packed,
             None if bits is None else numerics.pack(bits)[None],
             None if q_perm is None else q_perm.int()[None], *WHOLE, 0.0, block_q, block_k,
             segment, number("gqa", gqa), number("own", own), True, self.isa,
@@ -126,11 +137,12 @@ class Ops:
         self, q, k, v, *, k_perm=None, gqa="per_head", permute="keys", order="last_block", seed=0,
         select="mean_pool", stride=8, reduce="sum", rule="prefix", tau=0.9, block=128, segment=256,
     ):  # fmt: skip
-        out, lse, count, bits, k_perm = self.ops.prefill(
-            q[None], k[None], v[None], None if k_perm is None else k_perm.int()[None], None, None,
-            *WHOLE, 0.0, block, segment, number("gqa", gqa), number("permute", permute),
-            number("order", order), seed, number("method", select), stride,
-            number("reduce", reduce), number("rule", rule), tau, True, True, self.isa,
+        out, lse, count, bits, k_perm = self.run(
+            "prefill", q[None], k[None], v[None],
+            None if k_perm is None else k_perm.int()[None], None, None, *WHOLE, 0.0, block,
+            segment, number("gqa", gqa), number("permute", permute), number("order", order), seed,
+            number("method", select), stride, number("reduce", reduce), number("rule", rule), tau,
+            True, True, self.isa,
         )  # fmt: skip
         blocks = numerics.unpack(bits[0], -(-k.size(1) // block))
         assert torch.equal(blocks.sum(-1), count[0].long()), "count is not the number of bits"
