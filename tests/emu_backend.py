@@ -22,6 +22,7 @@ import torch
 import verbs
 
 import pbs_attn.ops
+from pbs_attn import _load
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 LIBRARY = ROOT / "build/emu/_C_emu.so"
@@ -44,12 +45,14 @@ class Backend(verbs.Ops):
 
     name    "emu" or "cuda"
     device  where the tensors of the ops live
+    path    the library, for abi.Library
     ops     like the module pbs_attn.ops, for CPU tensors
     """
 
-    def __init__(self, name, namespace, device):
+    def __init__(self, name, namespace, device, path):
         super().__init__(None, namespace, device)
         self.name = name
+        self.path = path
         self.namespace = namespace
         functions = {x: _rebound(getattr(pbs_attn.ops, x), namespace, device) for x in VERBS}
         self.ops = types.SimpleNamespace(**functions)
@@ -66,10 +69,10 @@ class Backend(verbs.Ops):
 
 class Emulated(Backend):
     def __init__(self):
-        self.path = library()
-        torch.ops.load_library(self.path)
-        super().__init__("emu", torch.ops.pbs_attn_emu, torch.device("cpu"))
-        self._set = ctypes.CDLL(self.path).pbs_emu_set
+        path = library()
+        torch.ops.load_library(path)
+        super().__init__("emu", torch.ops.pbs_attn_emu, torch.device("cpu"), path)
+        self._set = ctypes.CDLL(path).pbs_emu_set
         self._set.argtypes, self._set.restype = (ctypes.c_uint64, ctypes.c_int), None
 
     def schedule(self, seed=0, delivery="lazy"):
@@ -80,15 +83,33 @@ class Emulated(Backend):
 def get(name):
     if name == "emu":
         return Emulated()
-    return Backend("cuda", torch.ops.pbs_attn, torch.device("cuda"))
+    return Backend("cuda", torch.ops.pbs_attn, torch.device("cuda"), cuda_library())
+
+
+def cuda_library():
+    """Path of pbs_attn/_C_cuda; fails with the reason where it is not loaded."""
+    state = _load.libraries()["cuda"]
+    if state["file"] is None:
+        pytest.fail(f"there is a GPU, but pbs_attn has no CUDA library: {state['reason']}")
+    return state["file"]
+
+
+def library():
+    """Path of the emulated backend; skips, or in CI fails, with the reason where there is none."""
+    path, why = _made()
+    if why is None:
+        return path
+    if os.environ.get("CI", "0") not in ("", "0"):
+        pytest.fail(why)
+    pytest.skip(why)
 
 
 @functools.cache
-def library():
-    """Path of the emulated backend, made if need be; a reason to skip, or in CI to fail, if not."""
+def _made():
+    """(path, None) or (None, why not)."""
     given = os.environ.get("PBS_EMU_LIBRARY")
     if given:
-        return given
+        return given, None
     LIBRARY.parent.mkdir(parents=True, exist_ok=True)
     with open(LIBRARY.parent / "lock", "w") as lock:  # several test processes, one build
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -96,12 +117,9 @@ def library():
             ["make", "--no-print-directory", "-s", "emu"], cwd=ROOT, capture_output=True, text=True
         )
     if made.returncode == 0 and LIBRARY.is_file():
-        return str(LIBRARY)
+        return str(LIBRARY), None
     said = "\n".join((made.stdout + made.stderr).strip().splitlines()[-20:])
-    why = f"the emulated GPU cannot be built here (`make emu`, status {made.returncode}): {said}"
-    if os.environ.get("CI", "0") not in ("", "0"):
-        pytest.fail(why)
-    pytest.skip(why)
+    return None, f"the emulated GPU is not there (`make emu`, status {made.returncode}): {said}"
 
 
 def to_device(x, device):

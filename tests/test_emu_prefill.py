@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fused prefill on CUDA's kernels, emulated or real: bit for bit their four verbs, exact over
+its own plan, the plan that the CPU's kernels would make, the same bits wherever and whenever."""
+
+import abi
+import cases
+import pytest
+import test_golden
+import torch
+from harness import bits_of, check_prefill, config_of, cut_of, geometry_of, sequences_of
+from numerics import assert_blocks, assert_k_perm
+
+from pbs_attn import ops, reference
+from pbs_attn.selection import PERMUTES_QUERIES
+
+BF16, FP16 = torch.bfloat16, torch.float16
+SMALL = {"block_size": 64, "segment_size": 128}
+NAMES = ("out", "lse", "count", "bits", "k_perm")  # what prefill gives
+GEOMETRIES = cases.geometries(64, 128)
+
+
+def check(backend, q, k, v, config, case=None, **heads):
+    """prefill with its plan against the four verbs, the reference and the CPU's kernels."""
+    geometry = geometry_of(case)
+    got = backend.ops.prefill(
+        q, k, v, config, geometry=geometry, return_lse=True, return_plan=True, **heads
+    )
+    out, lse, count, bits, k_perm = got
+    run = backend.four_verbs(q, k, v, config, geometry, **heads)
+    assert torch.equal(bits, run.bits) and torch.equal(count, run.count)
+    assert torch.equal(k_perm, run.k_perm)
+    assert torch.equal(out, run.out) and torch.equal(lse, run.lse)
+    q_perm = run.q_perm if config.permute in PERMUTES_QUERIES else None
+    what = f"{backend} prefill {config.permute} {config.select} {case and case.name}"
+    check_prefill(out, lse, q, k, v, bits, k_perm, config, case, q_perm, what)
+    check_plan(q, k, v, bits, k_perm, q_perm, config, case, what, **heads)
+    return got
+
+
+def check_plan(q, k, v, bits, k_perm, q_perm, config, case, what, **heads):
+    """The order is that of the CPU's scores and the blocks are those of the exact masses, up to
+    neighbours that fp32 cannot tell apart."""
+    ordered = config.permute in ("keys", "both") and not {"k_perm_in", "permute_heads"} & set(heads)
+    if ordered:
+        score = ops.score(
+            q, k, geometry=geometry_of(case), gqa=config.gqa, order=config.order, seed=config.seed,
+            **cut_of(config),
+        )  # fmt: skip
+    tau = heads.get("tau_heads")
+    for seq in sequences_of(q, k, v, case):
+        keys, rows = seq.k.shape[1], seq.q.shape[1]
+        own = k_perm[seq.index, :, :keys]
+        if ordered:
+            assert_k_perm(
+                own, score[seq.index, :, :keys], segment_size=config.segment_size, tolerance=1e-5,
+                what=what,
+            )  # fmt: skip
+        if not rows or not keys:
+            continue
+        exact = reference.select(
+            seq.q.double(), seq.k.double(), k_perm=own.long(),
+            q_perm=None if q_perm is None else q_perm[seq.index, :, :rows].long(),
+            permute=config.permute, method=config.select, stride=config.stride,
+            reduce=config.reduce, rule=config.rule, tau=config.tau if tau is None else tau,
+            **cut_of(config),
+        )  # fmt: skip
+        assert_blocks(
+            bits_of(bits, seq, config), exact, rule=config.rule,
+            tau=config.tau if tau is None else tau, what=what,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("seqlen", [1, 63, 64, 65, 127, 129, 449])
+def test_lengths(backend, seqlen):
+    check(backend, *cases.make_inputs(61, (2, 1), seqlen, dtype=BF16), config_of(**SMALL))
+
+
+@pytest.mark.parametrize("seqlen_q", [1, 37, 64, 129])
+def test_chunks_over_many_segments(backend, seqlen_q):
+    inputs = cases.make_inputs(62, (1, 1), seqlen_q, 769, dtype=BF16)
+    check(backend, *inputs, config_of())
+
+
+@pytest.mark.parametrize("permute", cases.PERMUTES)
+@pytest.mark.parametrize("method", cases.METHODS)
+def test_modes_and_methods(backend, permute, method):
+    inputs = cases.make_inputs(63, (2, 1), 193, 449, dtype=BF16)
+    config = config_of(permute=permute, select=method, tau=0.6, **SMALL)
+    check(backend, *inputs, config)
+
+
+@pytest.mark.parametrize("case", GEOMETRIES, ids=lambda case: case.name)
+def test_geometries_and_nan_padding(backend, case):
+    inputs = cases.make_inputs(64, (1, 1), case=case, dtype=BF16, nan_padding=True)
+    check(backend, *inputs, config_of(**SMALL), case)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize("head_dim", [8, 96, 128, 200])
+def test_dtypes_and_head_dims(backend, dtype, head_dim):
+    inputs = cases.make_inputs(65, (1, 1), 130, 300, head_dim=head_dim, dtype=dtype)
+    check(backend, *inputs, config_of(**SMALL))
+
+
+@pytest.mark.parametrize("heads", [(3, 1), (4, 2)])
+@pytest.mark.parametrize("gqa", ["per_head", "group"])
+def test_head_ratios(backend, heads, gqa):
+    inputs = cases.make_inputs(66, heads, 100, 385, dtype=BF16)
+    check(backend, *inputs, config_of(gqa=gqa, **SMALL))
+
+
+@pytest.mark.parametrize("rule, tau", cases.RULES)
+def test_rules(backend, rule, tau):
+    inputs = cases.make_inputs(67, (1, 1), 65, 640, dtype=BF16)
+    check(backend, *inputs, config_of(rule=rule, tau=tau, **SMALL))
+
+
+@pytest.mark.parametrize("order", cases.ORDERS[1:])
+def test_orders(backend, order):
+    inputs = cases.make_inputs(68, (2, 1), 100, 400, dtype=BF16)
+    check(backend, *inputs, config_of(order=order, seed=3, **SMALL))
+
+
+def test_per_head_tau_and_order(backend):
+    inputs = cases.make_inputs(69, (4, 2), 70, 450, dtype=BF16)
+    tau = torch.tensor([0.2, 0.6, 0.9, 1.0])
+    heads = torch.tensor([1, 0, 1, 0], dtype=torch.int32)
+    check(backend, *inputs, config_of(**SMALL), tau_heads=tau, permute_heads=heads)
+
+
+def test_a_given_order_is_used(backend):
+    inputs = cases.make_inputs(70, (2, 1), 70, 450, dtype=BF16)
+    want = check(backend, *inputs, config_of(**SMALL))
+    again = check(backend, *inputs, config_of(**SMALL), k_perm_in=want[4])
+    assert all(map(torch.equal, want, again))
+
+
+@pytest.mark.parametrize("layout", cases.LAYOUTS[1:])
+def test_layouts(backend, layout):
+    plain = cases.make_inputs(71, (2, 1), 70, 300, dtype=FP16, batch=2)
+    laid = [cases.lay_out(x, layout) for x in plain]
+    options = {"return_lse": True, "return_plan": True}
+    want = backend.ops.prefill(*plain, config_of(**SMALL), **options)
+    assert all(map(torch.equal, want, backend.ops.prefill(*laid, config_of(**SMALL), **options)))
+
+
+def test_same_bits_under_every_schedule(backend):
+    """Threads in any order, copies early or late: a difference is a race."""
+    inputs = cases.make_inputs(72, (2, 1), 130, 400, dtype=BF16)
+    want = backend.ops.prefill(*inputs, config_of(**SMALL), return_lse=True, return_plan=True)
+    for seed, delivery in ((1, "lazy"), (2, "random"), (3, "random"), (4, "eager")):
+        backend.schedule(seed, delivery)
+        again = backend.ops.prefill(*inputs, config_of(**SMALL), return_lse=True, return_plan=True)
+        assert all(map(torch.equal, want, again)), f"seed {seed}, {delivery}"
+
+
+@pytest.mark.parametrize("name", ["left_padding", "packed", "no_keys"])
+def test_same_bits_at_any_place_in_a_batch(backend, name):
+    case = next(case for case in GEOMETRIES if case.name == name)
+    inputs = cases.make_inputs(73, (2, 1), case=case, dtype=BF16)
+    options = {"return_lse": True, "return_plan": True}
+    out, lse, count, bits, k_perm = backend.ops.prefill(
+        *inputs, config_of(**SMALL), geometry=geometry_of(case), **options
+    )
+    for seq in sequences_of(*inputs, case):
+        if not seq.q.shape[1]:
+            continue
+        own = (x[None] for x in (seq.q, seq.k, seq.v))
+        alone = backend.ops.prefill(*own, config_of(**SMALL), **options)
+        assert torch.equal(out[seq.row, :, seq.rows], alone[0][0])
+        assert torch.equal(lse[seq.row, :, seq.rows], alone[1][0])
+        tq, w = alone[2].shape[2], alone[3].shape[3]
+        assert torch.equal(count[seq.index, :, :tq], alone[2][0])
+        assert torch.equal(bits[seq.index, :, :tq, :w], alone[3][0])
+        assert torch.equal(k_perm[seq.index, :, : seq.k.shape[1]], alone[4][0])
+
+
+@pytest.mark.parametrize("permute", ["keys", "both"])
+def test_waves_of_one_head_give_the_same_bits(backend, permute):
+    config = config_of(permute=permute, **SMALL)
+    inputs = cases.make_inputs(74, (4, 2), 70, 300, dtype=BF16, batch=2)
+    want = backend.ops.prefill(*inputs, config, return_lse=True, return_plan=True)
+    there = [x.to(backend.device) for x in inputs]
+    library = abi.Library(backend.path)
+    *whole, most = library.prefill(*there, config)
+    *waves, least = library.prefill(*there, config, workspace_cap=1)  # one K/V head always fits
+    assert least < most
+    for name, *three in zip(NAMES, want, whole, waves, strict=True):
+        assert torch.equal(three[0], three[1].cpu()), f"{name} of one wave"
+        assert torch.equal(three[0], three[2].cpu()), f"{name} of several waves"
+
+
+def test_out_variant_equals_the_functional_op(backend):
+    case = next(case for case in GEOMETRIES if case.name == "right_padding")
+    inputs = cases.make_inputs(75, (2, 1), case=case, dtype=BF16, nan_padding=True)
+    options = {"geometry": geometry_of(case)}
+    config = config_of(**SMALL)
+    want, want_lse, *_ = backend.ops.prefill(*inputs, config, return_lse=True, **options)
+    strided = torch.zeros(2, 2, case.seqlen_q, 64, dtype=BF16)  # (B, H, N, D) memory
+    lse = torch.full_like(want_lse, -torch.inf)
+    backend.ops.prefill_out(*inputs, config, strided.transpose(1, 2), lse, **options)
+    assert torch.equal(strided, want) and torch.equal(lse, want_lse)
+
+
+# ---- the vectors made with the authors' code: blocks and orders exactly as on the CPU ------------
+LABELS = [x for x, g in test_golden.GOLDEN.items() if x.startswith("cut-") and g["q"].dtype == BF16]
+
+
+@pytest.mark.parametrize("gqa", ["per_head", "group"])
+@pytest.mark.parametrize("label", LABELS)
+def test_golden_orders_and_blocks(backend, label, gqa):
+    test_golden.test_k_perm(label, backend, gqa)
+    for tau in test_golden.TAUS:
+        test_golden.test_blocks(label, backend, gqa, tau)
+
+
+@pytest.mark.parametrize("label", LABELS)
+def test_golden_natural_order_and_antidiagonals(backend, label):
+    test_golden.test_mean_pooling(label, backend)
+    for method in ("xattn", "pbsplus"):
+        test_golden.test_antidiagonal(label, backend, method)
