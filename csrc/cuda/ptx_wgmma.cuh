@@ -40,7 +40,8 @@ template <int count> PBS_DEVICE void fence_registers(uint32_t (&r)[count]) {
 /* d[64, N] = A[64, 16] B[16, N] + (accumulate ? d : 0) in fp32, N = 64, 96, 128 or 256 by the size
  * of d (N / 2 elements a thread). T is bf16 or fp16; transpose_b = 1: B is MN-major. 9.7.15.5.2
  *   wgmma_ss<T, transpose_b>(d, a, b, accumulate)   A from shared memory, K-major
- *   wgmma_rs<T, transpose_b>(d, a, b, accumulate)   A from four registers */
+ *   wgmma_rs<T, transpose_b>(d, a, b, accumulate)   A from a[0 .. 3]: of an array that keeps
+ *                                                   its values until the wait */
 #define PBS_R32                                                    \
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, "           \
     "%12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
@@ -93,20 +94,20 @@ template <int count> PBS_DEVICE void fence_registers(uint32_t (&r)[count]) {
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate),        \
                    "n"(transpose_b)                                                            \
                  : "memory")
-#define PBS_WGMMA(n, c, c0, c1, c2, c3, c4, c5, c6)                                             \
-    template <class T, int transpose_b>                                                         \
-    PBS_DEVICE void wgmma_ss(float(&d)[c], uint64_t a, uint64_t b, int accumulate) {            \
-        if constexpr (is_bf16<T>)                                                               \
-            PBS_WGMMA_SS(n, c, c0, c1, c2, c3, "bf16");                                         \
-        else                                                                                    \
-            PBS_WGMMA_SS(n, c, c0, c1, c2, c3, "f16");                                          \
-    }                                                                                           \
-    template <class T, int transpose_b>                                                         \
-    PBS_DEVICE void wgmma_rs(float(&d)[c], const uint32_t(&a)[4], uint64_t b, int accumulate) { \
-        if constexpr (is_bf16<T>)                                                               \
-            PBS_WGMMA_RS(n, c, c0, c1, c2, c3, c4, c5, c6, "bf16");                             \
-        else                                                                                    \
-            PBS_WGMMA_RS(n, c, c0, c1, c2, c3, c4, c5, c6, "f16");                              \
+#define PBS_WGMMA(n, c, c0, c1, c2, c3, c4, c5, c6)                                         \
+    template <class T, int transpose_b>                                                     \
+    PBS_DEVICE void wgmma_ss(float(&d)[c], uint64_t a, uint64_t b, int accumulate) {        \
+        if constexpr (is_bf16<T>)                                                           \
+            PBS_WGMMA_SS(n, c, c0, c1, c2, c3, "bf16");                                     \
+        else                                                                                \
+            PBS_WGMMA_SS(n, c, c0, c1, c2, c3, "f16");                                      \
+    }                                                                                       \
+    template <class T, int transpose_b>                                                     \
+    PBS_DEVICE void wgmma_rs(float(&d)[c], const uint32_t *a, uint64_t b, int accumulate) { \
+        if constexpr (is_bf16<T>)                                                           \
+            PBS_WGMMA_RS(n, c, c0, c1, c2, c3, c4, c5, c6, "bf16");                         \
+        else                                                                                \
+            PBS_WGMMA_RS(n, c, c0, c1, c2, c3, c4, c5, c6, "f16");                          \
     }
 
 template <class T> constexpr bool is_bf16 = false;

@@ -9,6 +9,8 @@
 
 #if defined(__CUDACC__)
 #include <cudaTypedefs.h>
+#else
+#include "tensor_host.h"
 #endif
 
 namespace pbs {
