@@ -1,0 +1,90 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * permute: the driver. Workspace and launches; the kernels are in permute.cuh and
+ * permute_queries.cuh.
+ */
+#include "../core/arena.h"
+#include "cuda.h"
+#include "launch.cuh"
+#include "permute.cuh"
+#include "permute_queries.cuh"
+
+namespace pbs {
+
+/* Permuted queries need the centroids of key blocks, wherever the caller wants none. */
+static size_t cut(permute_run *run, void *workspace) {
+    const pbs_dims *d = &run->d;
+    pbs_arena arena = pbs_arena_at(workspace);
+    if (!pbs_permutes_queries(run->mode)) return 0;
+    /* Taken even if the caller wants k_pool: sizes may be asked for before outputs exist. */
+    float *k_pool = static_cast<float *>(
+        pbs_arena_take(&arena, static_cast<int64_t>(d->batch) * d->heads_p, d->blocks_k,
+                       static_cast<size_t>(d->head_dim) * sizeof(float)));
+    if (!run->k_pool) run->k_pool = k_pool;
+    return pbs_arena_bytes(&arena);
+}
+
+static permute_run run_of(const pbs_permute_params *p, const pbs_dims *d) {
+    permute_run run = {};
+    run.q = p->q;
+    run.k = p->k.view;
+    run.v = p->v.view;
+    run.d = *d;
+    run.mode = p->mode;
+    run.score = p->score;
+    run.k_perm_in = p->k_perm_in;
+    run.permute_heads = p->permute_heads;
+    run.k_perm = p->k_perm;
+    run.q_perm = p->q_perm;
+    run.k_pool = p->k_pool;
+    run.v_pool = p->v_pool;
+    run.pool_len = p->pool_len;
+    run.packed = static_cast<packed_header *>(p->packed);
+    run.layout = packed_layout_of(d, pbs_permutes_keys(p->mode));
+    if (!p->v_pool && !p->packed) run.v.data = nullptr;
+    return run;
+}
+
+template <class T> static pbs_status launch_all(const permute_run &run, const pbs_exec &exec) {
+    const pbs_dims &d = run.d;
+    const int64_t segments = pbs_ceil_div(d.max_k, d.segment_size);
+    const int64_t row_segments = pbs_ceil_div(d.max_q, d.segment_size);
+    if (run.packed) PBS_TRY(PBS_LAUNCH(exec, permute_header, 1, SUM_THREADS, 0, run));
+    PBS_TRY(PBS_LAUNCH(exec, (permute_segment<T>),
+                       static_cast<int64_t>(d.batch) * d.heads_p * segments, SUM_THREADS,
+                       sizeof(segment_plan), run));
+    if (!pbs_permutes_queries(run.mode)) return PBS_OK;
+    return PBS_LAUNCH(exec, (permute_queries<T>),
+                      static_cast<int64_t>(d.batch) * d.heads_q * row_segments, SUM_THREADS,
+                      sizeof(queries_plan), run);
+}
+
+} // namespace pbs
+
+size_t pbs_cuda_packed_bytes(const pbs_dims *d, pbs_permute_mode mode, const void *kernels) {
+    (void)kernels;
+    return pbs::packed_layout_of(d, pbs_permutes_keys(mode)).bytes;
+}
+
+size_t pbs_cuda_permute_bytes(const pbs_permute_params *p, const pbs_dims *d, const void *kernels) {
+    (void)kernels;
+    pbs::permute_run run = pbs::run_of(p, d);
+    return pbs::cut(&run, nullptr);
+}
+
+pbs_status pbs_cuda_permute(const pbs_permute_params *p, const pbs_dims *d, const void *kernels) {
+    (void)kernels;
+    pbs::permute_run run = pbs::run_of(p, d);
+    pbs::cut(&run, p->workspace);
+    PBS_TRY(pbs_cuda_check_aligned("k", &run.k));
+    if (run.v.data) PBS_TRY(pbs_cuda_check_aligned("v", &run.v));
+    if (pbs_permutes_queries(p->mode)) PBS_TRY(pbs_cuda_check_aligned("q", &run.q));
+    return d->dtype == PBS_DTYPE_BF16 ? pbs::launch_all<pbs::bf16>(run, p->exec)
+                                      : pbs::launch_all<pbs::fp16>(run, p->exec);
+}
+
+pbs_status pbs_cuda_fill_identity(const pbs_exec *exec, int32_t *perm, int64_t heads, int32_t len) {
+    const int64_t count = heads * len, threads = pbs::SUM_THREADS;
+    return PBS_LAUNCH(*exec, pbs::fill_identity, (count + threads - 1) / threads, pbs::SUM_THREADS,
+                      0, perm, count, len);
+}

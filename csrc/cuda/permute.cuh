@@ -1,0 +1,197 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * permute, paper eq. 8, in one pass over a segment of keys: order it by score, then gather its rows
+ * in that order into the packed buffer and into the means of its blocks. K and V are read from
+ * memory once for all heads that share them: those are neighbours in the grid. Bound by memory:
+ * every K and V row is written once per head, 16 bytes a thread, whole rows a warp.
+ *
+ *   header   one block                 fingerprint and heads of the packed buffer
+ *   segment  [b, hk, segment, hp]      k_perm, packed rows, k_pool, v_pool, pool_len
+ */
+#ifndef PBS_CUDA_PERMUTE_CUH
+#define PBS_CUDA_PERMUTE_CUH
+
+#include "packed.cuh"
+#include "rank.cuh"
+#include "row_sums.cuh"
+
+namespace pbs {
+
+enum {
+    GATHER = 4
+}; /* rows of K and of V that a thread has under way: hides the memory's latency */
+
+/* Arguments of every kernel. Outputs that nobody wants are NULL. */
+struct permute_run {
+    pbs_view q, k, v; /* v.data NULL: no values are wanted */
+    pbs_dims d;
+    pbs_permute_mode mode;
+    const float *score;           /* [B, Hp, Nk] */
+    const int32_t *k_perm_in;     /* [B, Hp, Nk] */
+    const int32_t *permute_heads; /* [Hp] */
+    int32_t *k_perm;              /* [B, Hp, Nk] */
+    int32_t *q_perm;              /* [B, Hq, Nq] */
+    float *k_pool, *v_pool;       /* [B, Hp, Tk, D] */
+    int32_t *pool_len;            /* [B, Tk] */
+    packed_header *packed;
+    packed_layout layout;
+};
+
+PBS_DEVICE bool head_on(const permute_run &run, int32_t hp) {
+    return !run.permute_heads || run.permute_heads[hp] != 0;
+}
+
+PBS_KERNEL(SUM_THREADS, 4) permute_header(const permute_run run) {
+    int32_t *heads = reinterpret_cast<int32_t *>(run.packed + 1);
+    for (int32_t hp = static_cast<int32_t>(threadIdx.x); hp < run.d.heads_p; hp += SUM_THREADS)
+        heads[hp] = pbs_permutes_keys(run.mode) && head_on(run, hp);
+    if (threadIdx.x) return;
+    packed_header header = {};
+    header.magic = PBS_CUDA_PACKED_MAGIC;
+    header.call = run.layout.call;
+    *run.packed = header;
+}
+
+/* A segment of one head. */
+struct segment_item {
+    int32_t b, hk, hp;
+    int64_t head; /* b * Hp + hp */
+    int32_t first, end;
+    bool moves;  /* a complete segment, not the only one, of a head that is permuted */
+    bool counts; /* the one of its sequence that writes pool_len */
+};
+
+struct segment_plan {
+    uint32_t key[PBS_MAX_SEGMENT_SIZE];
+    uint16_t order[PBS_MAX_SEGMENT_SIZE]; /* place in the new order -> place in the old one */
+    partial_sums k, v;
+};
+
+PBS_DEVICE segment_item segment_item_of(const permute_run &run, int64_t index) {
+    const pbs_dims &d = run.d;
+    const int32_t each = d.heads_p / d.heads_k, segments = pbs_ceil_div(d.max_k, d.segment_size);
+    segment_item item;
+    const int32_t g = static_cast<int32_t>(index % each);
+    index /= each;
+    item.first = static_cast<int32_t>(index % segments) * d.segment_size;
+    index /= segments;
+    item.hk = static_cast<int32_t>(index % d.heads_k);
+    item.b = static_cast<int32_t>(index / d.heads_k);
+    item.hp = item.hk * each + g;
+    item.head = static_cast<int64_t>(item.b) * d.heads_p + item.hp;
+    item.end = pbs_min_i32(item.first + d.segment_size, d.max_k);
+    item.counts = item.hp == 0;
+    return item;
+}
+
+/* order[place] of the segment, and k_perm. */
+PBS_DEVICE void order_segment(const permute_run &run, const segment_item &item,
+                              segment_plan &shared) {
+    const int32_t thread = static_cast<int32_t>(threadIdx.x), count = item.end - item.first;
+    const int64_t at = item.head * run.d.max_k + item.first;
+    int32_t *k_perm = run.k_perm ? run.k_perm + at : nullptr;
+    if (item.moves && !run.k_perm_in) {
+        for (int32_t i = thread; i < count; i += SUM_THREADS)
+            shared.key[i] = descending_key(run.score[at + i]);
+        __syncthreads();
+        for (int32_t i = thread; i < count; i += SUM_THREADS)
+            shared.order[rank_of(shared.key, count, i)] = static_cast<uint16_t>(i);
+        __syncthreads();
+        for (int32_t i = thread; k_perm && i < count; i += SUM_THREADS)
+            k_perm[i] = item.first + shared.order[i];
+        return;
+    }
+    for (int32_t i = thread; i < count; i += SUM_THREADS) {
+        const int32_t given = item.moves ? run.k_perm_in[at + i] : item.first + i;
+        /* Nobody has checked a given order: no row outside its segment is read whatever it says. */
+        const int32_t place = pbs_min_i32(pbs_max_i32(given - item.first, 0), count - 1);
+        shared.order[i] = static_cast<uint16_t>(place);
+        if (k_perm) k_perm[i] = given;
+    }
+    __syncthreads();
+}
+
+/* Keys [at, at + count) of the new order: rows into packed (NULL = not), sums into k_sum, v_sum. */
+template <class T>
+PBS_DEVICE void gather_block(const segment_item &item, const segment_plan &shared,
+                             const head_rows &k, const head_rows &v, int32_t at, int32_t count,
+                             const row_team &team, uint4 *packed_k, uint4 *packed_v,
+                             float (&k_sum)[PIECE], float (&v_sum)[PIECE]) {
+    const uint16_t *order = shared.order + (at - item.first);
+    if (team.row >= team.in_flight) return;
+    for (int32_t row = team.row; row < count; row += GATHER * team.in_flight) {
+        uint4 k_piece[GATHER], v_piece[GATHER];
+        PBS_UNROLL
+        for (int i = 0; i < GATHER; i++) {
+            const int32_t r = row + i * team.in_flight;
+            k_piece[i] = v_piece[i] = make_uint4(0, 0, 0, 0);
+            if (r >= count) continue;
+            const int64_t from = item.first + order[r];
+            k_piece[i] = *piece_of(k, from, team.piece);
+            if (v.first) v_piece[i] = *piece_of(v, from, team.piece);
+        }
+        PBS_UNROLL
+        for (int i = 0; i < GATHER; i++) {
+            const int32_t r = row + i * team.in_flight;
+            add_piece<T>(k_sum, k_piece[i]);
+            add_piece<T>(v_sum, v_piece[i]);
+            if (!packed_k || r >= count) continue;
+            const int64_t to = static_cast<int64_t>(at + r) * team.pieces + team.piece;
+            packed_k[to] = k_piece[i];
+            packed_v[to] = v_piece[i];
+        }
+    }
+}
+
+PBS_DEVICE uint4 *packed_rows(const permute_run &run, const segment_item &item, int64_t part) {
+    unsigned char *base = reinterpret_cast<unsigned char *>(run.packed) + part;
+    return reinterpret_cast<uint4 *>(base) + item.head * run.layout.rows * (run.d.head_dim / PIECE);
+}
+
+template <class T> PBS_KERNEL(SUM_THREADS, 3) permute_segment(const permute_run run) {
+    PBS_SHARED(segment_plan, shared);
+    const pbs_dims &d = run.d;
+    const int32_t thread = static_cast<int32_t>(threadIdx.x);
+    segment_item item = segment_item_of(run, blockIdx.x);
+    const pbs_seq s = pbs_dims_seq_clamped(&d, item.b);
+    item.moves = pbs_permutes_keys(run.mode) && head_on(run, item.hp) &&
+                 s.kv_len > d.segment_size && item.first + d.segment_size <= s.kv_len;
+    order_segment(run, item, shared);
+
+    const row_team team = row_team_of(d.head_dim, thread);
+    const head_rows k = rows_of(run.k, item.b, item.hk, s.kv_start);
+    const head_rows v =
+        run.v.data ? rows_of(run.v, item.b, item.hk, s.kv_start) : head_rows{nullptr, 0};
+    const bool packs = run.packed && item.moves, pools = run.k_pool || run.v_pool;
+    uint4 *packed_k = packs ? packed_rows(run, item, run.layout.k) : nullptr;
+    uint4 *packed_v = packs ? packed_rows(run, item, run.layout.v) : nullptr;
+    for (int32_t at = item.first; at < item.end; at += d.block_k) {
+        const int32_t n = at / d.block_k; /* key block */
+        const int32_t end = pbs_min_i32(pbs_min_i32(at + d.block_k, item.end), s.kv_len);
+        const int32_t count = pbs_max_i32(end - at, 0);
+        if (run.pool_len && item.counts && thread == 0)
+            run.pool_len[static_cast<int64_t>(item.b) * d.blocks_k + n] = count;
+        float k_sum[PIECE] = {}, v_sum[PIECE] = {};
+        if (packs || pools)
+            gather_block<T>(item, shared, k, v, at, count, team, packed_k, packed_v, k_sum, v_sum);
+        if (!pools) continue;
+        const float factor = count ? 1.0f / static_cast<float>(count) : 0.0f;
+        const int64_t pool = (item.head * d.blocks_k + n) * d.head_dim;
+        put_partial(shared.k, team, k_sum);
+        put_partial(shared.v, team, v_sum);
+        __syncthreads();
+        if (run.k_pool) add_partials(shared.k, team, thread, factor, run.k_pool + pool);
+        if (run.v_pool) add_partials(shared.v, team, thread, factor, run.v_pool + pool);
+        __syncthreads(); /* the sums of the next block take their place */
+    }
+}
+
+/* perm [heads, len] = 0 ... len - 1 each. */
+PBS_KERNEL(SUM_THREADS, 4) fill_identity(int32_t *perm, int64_t count, int32_t len) {
+    const int64_t at = static_cast<int64_t>(blockIdx.x) * SUM_THREADS + threadIdx.x;
+    if (at < count) perm[at] = static_cast<int32_t>(at % len);
+}
+
+} // namespace pbs
+
+#endif /* PBS_CUDA_PERMUTE_CUH */
