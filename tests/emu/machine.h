@@ -200,6 +200,10 @@ unsigned char *shared_at(const thread &t, const char *what, uint32_t address, ui
 uint32_t shared_offset(const thread &t, const char *what, uint32_t address, uint32_t bytes,
                        uint32_t alignment);
 
+/* ---- fault.cc -------------------------------------------------------------------------------- */
+/* Faults of this OS thread's kernels become errors of their launch. */
+void catch_faults();
+
 /* ---- async.cc -------------------------------------------------------------------------------- */
 void async_begin(machine &m);
 /* What arrives at this scheduling step. */

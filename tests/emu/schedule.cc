@@ -348,6 +348,7 @@ const char *launch_grid(const launch_shape &shape, void (*call)(void *), void *k
     m.random_state = (m.seed + 1) * 0x9E3779B97F4A7C15ull | 1;
     for (int i = 0; i < 4; i++) next_random(m);
     async_begin(m);
+    catch_faults();
 
     /* Blocks of a grid run in any order; which is the seed's choice. */
     const bool last_first = next_random(m) & 1;
