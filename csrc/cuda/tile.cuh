@@ -29,7 +29,7 @@ constexpr int CHUNK = 8;        /* elements of 16 bits */
 constexpr int CHUNK_BYTES = 16; /* what a cp.async, a ldmatrix row and a wide store move */
 
 /* A chunk in memory; it may be the same bytes as elements or packed pairs. */
-struct alignas(CHUNK_BYTES) __attribute__((may_alias)) chunk {
+struct __attribute__((may_alias, aligned(CHUNK_BYTES))) chunk {
     uint32_t word[4];
 };
 
