@@ -100,12 +100,8 @@ static int32_t first_row(const band *w, int32_t a) {
 /* Key groups [0, n) that query group a of the band sees. */
 static int32_t visible_groups(const band *w, int32_t a) {
     const pbs_strip_job *job = w->job;
-    const pbs_dims *d = job->d;
-    int32_t m = w->first + a / w->per_block, row = first_row(w, a);
-    if (row >= job->seq.q_len) return 0;
-    int32_t end = job->seq.q_offset + pbs_min_i32(row + w->stride, job->seq.q_len);
-    if (job->p->mode != PBS_PERMUTE_NONE) end = pbs_own_start_of(job->p, d, job->seq, m);
-    return pbs_ceil_div(pbs_max_i32(end, 0), w->stride);
+    int32_t m = w->first + a / w->per_block;
+    return pbs_visible_groups(job->p, job->d, job->seq, m, first_row(w, a));
 }
 
 /* Query groups [from, groups) against key block n. */

@@ -106,8 +106,7 @@ static int32_t first_block(const select_run *run, int32_t b, int32_t hq) {
 static int32_t finish_row(const select_run *run, pbs_seq s, int32_t m, int32_t first,
                           uint32_t *bits) {
     const pbs_dims *d = run->d;
-    int32_t history = 0;
-    if (m * d->block_q < s.q_len) history = pbs_own_start_of(run->p, d, s, m) / d->block_k;
+    int32_t history = pbs_history_blocks(run->p, d, s, m);
     if (history > 0) bits[first / 32] |= UINT32_C(1) << (first % 32);
     for (int32_t w = 0; w < d->words; w++) bits[w] &= pbs_bits_below(history, w);
     return pbs_count_bits(bits, history);

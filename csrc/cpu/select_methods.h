@@ -6,7 +6,7 @@
 #ifndef PBS_CPU_SELECT_METHODS_H
 #define PBS_CPU_SELECT_METHODS_H
 
-#include "../core/check.h"
+#include "../core/select_rows.h"
 #include "kernels.h"
 
 enum { PBS_STRIP_ROWS = 16 };
@@ -21,21 +21,6 @@ typedef struct pbs_strip_job {
     const pbs_strip *strip;
     void *scratch;
 } pbs_strip_job;
-
-/* Key blocks [0, n) that query block m may select: those before its own segments; without segments
- * all causal ones, its own included. */
-static inline int32_t pbs_own_start_of(const pbs_select_params *p, const pbs_dims *d, pbs_seq s,
-                                       int32_t m) {
-    return pbs_own_start(s, m, d->block_q, d->block_k, d->segment_size,
-                         p->q_perm ? d->segment_size : 0, pbs_own_of_mode(p->mode));
-}
-
-static inline int32_t pbs_eligible_blocks(const pbs_select_params *p, const pbs_dims *d, pbs_seq s,
-                                          int32_t m) {
-    if (m * d->block_q >= s.q_len) return 0;
-    if (p->mode == PBS_PERMUTE_NONE) return pbs_causal_blocks(s, m, d->block_q, d->block_k);
-    return pbs_own_start_of(p, d, s, m) / d->block_k;
-}
 
 #define PBS_SELECT_METHOD(method, scratch_bytes, strip_fn)                       \
     size_t scratch_bytes(const pbs_select_params *params, const pbs_dims *dims); \
