@@ -120,15 +120,31 @@ template <int COLS> struct tile_operand {
     uint32_t chunk; /* its swizzled chunk there, in bytes */
 };
 
-/* Rows of the tile from first_row (a multiple of 8) on, as A or B of gemm_nt or as B of gemm_pn: in
- * all three, matrices 0 and 1 are rows 0 - 7 and 8 - 15 of chunk 0, matrices 2 and 3 of chunk 1.
- * One pattern, so that the addresses of several tiles differ by constants and share their
- * registers. */
+/* From first_row (a multiple of 8) on; lane_chunk is 0 or 1. */
 template <int ROWS, int COLS>
-PBS_DEVICE tile_operand<COLS> operand_of(const tile<ROWS, COLS> &t, int first_row, int lane) {
-    const int row = lane % 16, c = lane / 16;
-    return {ptx::shared_address(&t) + static_cast<uint32_t>((first_row + row) * COLS * 2),
-            static_cast<uint32_t>((c ^ swizzle<COLS>(row)) * CHUNK_BYTES)};
+PBS_DEVICE tile_operand<COLS> operand_at(const tile<ROWS, COLS> &t, int first_row, int lane_row,
+                                         int lane_chunk) {
+    return {ptx::shared_address(&t) + static_cast<uint32_t>((first_row + lane_row) * COLS * 2),
+            static_cast<uint32_t>((lane_chunk ^ swizzle<COLS>(lane_row)) * CHUNK_BYTES)};
+}
+
+/* A of gemm_nt: a row of the tile is a row of A. */
+template <int ROWS, int COLS>
+PBS_DEVICE tile_operand<COLS> operand_a(const tile<ROWS, COLS> &t, int first_row, int lane) {
+    return operand_at(t, first_row, lane % 16, lane / 16);
+}
+
+/* B of gemm_nt: a row of the tile is a column of B. Words 0 and 1 are b0 and b1 of one n_tile, 2
+ * and 3 of the next: mma wants its pairs in neighbouring registers. */
+template <int ROWS, int COLS>
+PBS_DEVICE tile_operand<COLS> operand_b(const tile<ROWS, COLS> &t, int first_row, int lane) {
+    return operand_at(t, first_row, lane % 8 + lane / 16 * 8, lane / 8 % 2);
+}
+
+/* B of gemm_pn, loaded transposed: a row of the tile is a row of B. Words as in operand_b. */
+template <int ROWS, int COLS>
+PBS_DEVICE tile_operand<COLS> operand_b_trans(const tile<ROWS, COLS> &t, int first_row, int lane) {
+    return operand_at(t, first_row, lane % 16, lane / 16);
 }
 
 /* Address for the 16 x 16 elements at (row, column), both multiples of 16 known when compiled. */
@@ -150,12 +166,12 @@ PBS_DEVICE void gemm_nt(float (&acc)[M][N][4], tile_operand<COLS> a, tile_operan
         for (int m = 0; m < M; m++) ptx::ldmatrix_x4(fragment_a[m], operand_address(a, 16 * m, k));
         PBS_UNROLL
         for (int n = 0; n < N; n += 2) {
-            uint32_t fragment_b[4]; /* b0 of n_tiles n and n + 1, then b1 */
+            uint32_t fragment_b[4];
             ptx::ldmatrix_x4(fragment_b, operand_address(b, 8 * n, k));
             PBS_UNROLL
             for (int m = 0; m < M; m++) {
-                ptx::mma_m16n8k16<T>(acc[m][n], fragment_a[m], fragment_b[0], fragment_b[2]);
-                ptx::mma_m16n8k16<T>(acc[m][n + 1], fragment_a[m], fragment_b[1], fragment_b[3]);
+                ptx::mma_m16n8k16<T>(acc[m][n], fragment_a[m], fragment_b[0], fragment_b[1]);
+                ptx::mma_m16n8k16<T>(acc[m][n + 1], fragment_a[m], fragment_b[2], fragment_b[3]);
             }
         }
     }
@@ -182,7 +198,7 @@ PBS_DEVICE void gemm_pn(float (&acc)[M][N][4], const float (&p)[M][K][4], tile_o
         for (int m = 0; m < M; m++) accumulator_to_a<T>(fragment_p[m], p[m], k);
         PBS_UNROLL
         for (int n = 0; n < N; n += 2) {
-            uint32_t fragment_b[4]; /* b0 and b1 of n_tile n, then of n + 1 */
+            uint32_t fragment_b[4];
             ptx::ldmatrix_x4_trans(fragment_b, operand_address(b, 16 * k, 8 * n));
             PBS_UNROLL
             for (int m = 0; m < M; m++) {
