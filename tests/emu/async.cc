@@ -51,8 +51,9 @@ void check_in_flight(const thread &t, const char *what, uint32_t offset, uint32_
     if (!home.copies_in_flight) return;
     for (uint32_t i = offset / CHUNK; i <= (offset + bytes - 1) / CHUNK; i++)
         if (home.in_flight[i])
-            fail_as(t, "%s: byte %u of shared memory: a cp.async of thread %d is under way to it",
-                    what, i * CHUNK, home.in_flight[i] - 1);
+            fail_as(t, "%s: byte %u of shared memory: a %s of thread %d is under way to it", what,
+                    i * CHUNK, home.in_flight[i] & BULK_COPY ? "bulk copy" : "cp.async",
+                    (home.in_flight[i] & ~BULK_COPY) - 1);
 }
 
 void cp_async(uint32_t to, const void *from, uint32_t bytes) {

@@ -29,11 +29,14 @@ constexpr uint32_t POISON = 0xFFFDFFFDu;
 /* Shared address of the first byte of dynamic shared memory, as on the device; so 0 is no address.
  */
 constexpr uint32_t SHARED_BASE = 1024;
+/* In block.in_flight, beside 1 + the number of the copying thread: the copy engine does it. */
+constexpr uint16_t BULK_COPY = 0x8000;
 
 struct thread;
 struct warp;
 struct block;
 struct machine;
+struct hopper; /* hopper.h */
 
 /* What a thread waits for. The texts are made for a report only: formatting them at every wait
  * would cost a third of the time. Threads with equal reasons share a line of the report. */
@@ -111,6 +114,7 @@ struct block {
     std::vector<thread> threads;
     std::vector<warp> warps;
     barrier barriers[16];
+    std::shared_ptr<hopper> sm90; /* NULL until a block needs it */
 };
 
 /* One cp.async. `to` is an offset in the block's shared memory. */
@@ -173,7 +177,12 @@ void fiber_entered();
 uint64_t next_random(machine &m);
 void make_ready(thread &t);
 /* The caller stops until somebody makes it ready. */
-void wait_for(const wait_reason &reason);
+void stop();
+/* Inline, so that the reason is built in place. */
+inline void wait_for(const wait_reason &reason) {
+    self().waits = reason;
+    stop();
+}
 void wait_in(wait_queue &queue, const wait_reason &reason);
 void wake_all(wait_queue &queue);
 /* bar.arrive: counts, does not wait. */
@@ -219,6 +228,11 @@ void check_copies_waited(thread &t);
 void cp_async(uint32_t to, const void *from, uint32_t bytes);
 void cp_async_commit();
 void cp_async_wait(int pending);
+
+/* ---- cluster.cc ------------------------------------------------------------------------------ */
+/* A block starts; a thread is about to end. */
+void hopper_begin(block &b);
+void hopper_thread_ended(thread &t);
 
 } // namespace emu
 

@@ -82,9 +82,8 @@ static thread *next_thread(machine &m) {
     return nullptr;
 }
 
-void wait_for(const wait_reason &reason) {
+void stop() {
     thread &t = self();
-    t.waits = reason;
     thread *next = next_thread(*the_machine);
     if (!next) leave_to_main(*the_machine);
     if (next != &t) switch_fiber(t, *next);
@@ -233,6 +232,7 @@ static void end_thread() {
     thread &t = self();
     machine &m = *the_machine;
     check_copies_waited(t);
+    hopper_thread_ended(t);
     t.home->live--;
     lane_ended(*t.team, t.where.lane);
     barrier &all = t.home->barriers[0];
@@ -279,6 +279,7 @@ static void start_block(machine &m, int index, int64_t number) {
     b.in_flight.assign((m.shape.shared + 15) / 16, 0);
     for (barrier &named : b.barriers) named = barrier();
     poison_shared(b);
+    hopper_begin(b);
     for (size_t w = 0; w < b.warps.size(); w++) {
         const int lanes = std::min(LANES, threads - static_cast<int>(w) * LANES);
         warp &team = b.warps[w];
