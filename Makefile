@@ -21,6 +21,7 @@ OFFLINE = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_WAIT_POLICY=passive
 include check.mk
 # `make emu-check`: CUDA kernels on an emulated GPU.
 include tests/emu/emu.mk
+emu: $(VENV)/.torch
 
 .PHONY: help demo test test-long build bench lint format symbols unit tf457 demo-short examples clean
 

@@ -54,3 +54,7 @@ def require() -> Path:
     if tuple(int(p) for p in re.findall(r"\d+", found)[:2]) < MIN_TORCH:
         raise SystemExit(f"pbs_attn: {include} belongs to torch {found}; 2.10 or newer is needed")
     return include
+
+
+if __name__ == "__main__":
+    print(require())

@@ -34,6 +34,9 @@ inline void check(pbs_status status) {
     if (status == PBS_ERR_UNSUPPORTED) {
         throw std::runtime_error(std::string("unsupported: ") + pbs_last_error());
     }
+    if (status == PBS_ERR_DEVICE) {
+        throw std::runtime_error(std::string("device: ") + pbs_last_error());
+    }
     invalid(pbs_last_error());
 }
 
@@ -62,8 +65,20 @@ inline void check_rank4(const char *name, const Tensor &t) {
                 ": 4 dimensions are needed");
 }
 
-inline void check_cpu(const char *name, const Tensor &t) {
-    if (!t.is_cpu()) invalid(std::string(name) + " is not on the CPU, as q is");
+/* Is q where this library's kernels run? */
+inline bool is_ours(const Tensor &q) {
+#if defined(PBS_CUDA_LIBRARY)
+    return q.is_cuda();
+#else
+    return q.is_cpu();
+#endif
+}
+
+inline void check_device(const char *name, const Tensor &t, const Tensor &q) {
+    if (is_ours(t) && t.get_device_index() == q.get_device_index()) return;
+    const std::string place =
+        q.is_cuda() ? "cuda:" + std::to_string(q.get_device_index()) : "the CPU";
+    invalid(std::string(name) + " is not on " + place + ", as q is");
 }
 
 inline void check_dtype(const char *name, const Tensor &t, ScalarType wanted) {
@@ -83,23 +98,37 @@ inline pbs_dtype to_dtype(const char *name, const Tensor &t) {
     }
 }
 
-/* Empty tensors may have no memory; the C core takes NULL for "not given". */
+/* Empty tensors may have no memory; the C core takes NULL for "not given". Nobody reads through the
+ * address that stands for it, which is the host's even for a device's tensor. */
 inline void *data_of(const Tensor &t) {
     alignas(64) static char nothing[64];
     void *data = const_cast<void *>(t.const_data_ptr());
     return data ? data : nothing;
 }
 
+/* What every op knows: the device of all its tensors and its sequences. */
+struct Call {
+    Tensor q;
+    pbs_geometry geometry{};
+    int64_t sequences = 0; /* B of pbs.h */
+};
+
 /* The order of the dimensions of a tensor as pbs_view names them: batch, heads, seqlen, head_dim.
  */
 enum class Layout { bhnd, bnhd };
 
-/* sequences: entries of the geometry. More than the tensor's batch of 1 is packed varlen: every
- * sequence lies in the same row, batch stride 0. */
-inline pbs_view to_view(const char *name, const Tensor &t, int64_t sequences,
+/* More sequences than the tensor's batch of 1 is packed varlen: every sequence lies in the same
+ * row, batch stride 0. */
+inline void spread_batch(const Call &call, const Tensor &t, pbs_view &view) {
+    if (call.sequences == t.size(0) || t.size(0) != 1) return;
+    view.size[0] = to_int32("batch", call.sequences);
+    view.stride[0] = 0;
+}
+
+inline pbs_view to_view(const Call &call, const char *name, const Tensor &t,
                         Layout layout = Layout::bhnd) {
     check_rank4(name, t);
-    check_cpu(name, t);
+    check_device(name, t, call.q);
     const int heads = layout == Layout::bhnd ? 1 : 2, seqlen = 3 - heads;
     const int order[4] = {0, heads, seqlen, 3};
     pbs_view view{};
@@ -109,24 +138,21 @@ inline pbs_view to_view(const char *name, const Tensor &t, int64_t sequences,
         view.size[i] = to_int32(name, t.size(order[i]));
         view.stride[i] = t.stride(order[i]);
     }
-    if (sequences != t.size(0) && t.size(0) == 1) {
-        view.size[0] = to_int32("batch", sequences);
-        view.stride[0] = 0;
-    }
+    spread_batch(call, t, view);
     return view;
 }
 
-inline pbs_kv to_kv(const char *name, const Tensor &t, int64_t sequences) {
+inline pbs_kv to_kv(const Call &call, const char *name, const Tensor &t) {
     pbs_kv kv{};
-    kv.view = to_view(name, t, sequences);
+    kv.view = to_view(call, name, t);
     return kv;
 }
 
 /* lse: fp32 [B, Hq, Nq] of any strides, seen as [B, Hq, Nq, 1]. */
-inline pbs_view to_lse_view(const Tensor &t, int64_t sequences) {
+inline pbs_view to_lse_view(const Call &call, const Tensor &t) {
     if (t.dim() != 3)
         invalid("lse has shape " + to_text(t.sizes()) + ": (batch, heads, seqlen) is needed");
-    check_cpu("lse", t);
+    check_device("lse", t, call.q);
     check_dtype("lse", t, ScalarType::Float);
     pbs_view view{};
     view.data = data_of(t);
@@ -137,18 +163,16 @@ inline pbs_view to_lse_view(const Tensor &t, int64_t sequences) {
     }
     view.size[3] = 1;
     view.stride[3] = 1;
-    if (sequences != t.size(0) && t.size(0) == 1) {
-        view.size[0] = to_int32("batch", sequences);
-        view.stride[0] = 0;
-    }
+    spread_batch(call, t, view);
     return view;
 }
 
 /* A contiguous tensor of exactly this shape and dtype behind a plain pointer; NULL if not given. */
 template <class T>
-const T *to_array(const char *name, const OptTensor &t, ScalarType dtype, Shape shape) {
+const T *to_array(const Call &call, const char *name, const OptTensor &t, ScalarType dtype,
+                  Shape shape) {
     if (!t) return nullptr;
-    check_cpu(name, *t);
+    check_device(name, *t, call.q);
     check_dtype(name, *t, dtype);
     bool same = t->dim() == static_cast<int64_t>(shape.size());
     for (size_t i = 0; same && i < shape.size(); i++) {
@@ -162,49 +186,43 @@ const T *to_array(const char *name, const OptTensor &t, ScalarType dtype, Shape 
     return static_cast<const T *>(data_of(*t));
 }
 
-/* What every op knows about its sequences. */
-struct Geometry {
-    pbs_geometry c{};
-    int64_t sequences = 0; /* B of pbs.h */
-    bool given = false;    /* some rows of q may lie outside every sequence */
-};
-
-inline Geometry to_geometry(const Tensor &q, const OptTensor &q_start, const OptTensor &q_len,
-                            const OptTensor &kv_start, const OptTensor &kv_len,
-                            int64_t max_seqlen_q, int64_t max_seqlen_k) {
+inline Call to_call(const Tensor &q, const OptTensor &q_start, const OptTensor &q_len,
+                    const OptTensor &kv_start, const OptTensor &kv_len, int64_t max_seqlen_q,
+                    int64_t max_seqlen_k) {
     check_rank4("q", q);
-    Geometry g;
-    g.sequences = q.size(0);
+    if (!is_ours(q)) invalid("q is not on the device of the other tensors");
+    Call call{q};
+    call.sequences = q.size(0);
     for (const OptTensor *t : {&q_start, &q_len, &kv_start, &kv_len}) {
-        if (!*t) continue;
-        g.given = true;
-        if (q.size(0) == 1 && (*t)->dim() == 1) g.sequences = (*t)->size(0);
+        if (*t && q.size(0) == 1 && (*t)->dim() == 1) call.sequences = (*t)->size(0);
     }
-    const Shape shape = {g.sequences};
-    g.c.q_start = to_array<int32_t>("q_start", q_start, ScalarType::Int, shape);
-    g.c.q_len = to_array<int32_t>("q_len", q_len, ScalarType::Int, shape);
-    g.c.kv_start = to_array<int32_t>("kv_start", kv_start, ScalarType::Int, shape);
-    g.c.kv_len = to_array<int32_t>("kv_len", kv_len, ScalarType::Int, shape);
-    g.c.max_seqlen_q = to_int32("max_seqlen_q", max_seqlen_q);
-    g.c.max_seqlen_k = to_int32("max_seqlen_k", max_seqlen_k);
-    return g;
+    const Shape shape = {call.sequences};
+    pbs_geometry &g = call.geometry;
+    g.q_start = to_array<int32_t>(call, "q_start", q_start, ScalarType::Int, shape);
+    g.q_len = to_array<int32_t>(call, "q_len", q_len, ScalarType::Int, shape);
+    g.kv_start = to_array<int32_t>(call, "kv_start", kv_start, ScalarType::Int, shape);
+    g.kv_len = to_array<int32_t>(call, "kv_len", kv_len, ScalarType::Int, shape);
+    g.max_seqlen_q = to_int32("max_seqlen_q", max_seqlen_q);
+    g.max_seqlen_k = to_int32("max_seqlen_k", max_seqlen_k);
+    return call;
 }
 
 /* The letters of pbs.h as tensor sizes; nonsense sizes become 0 and are refused by the C core. */
 struct Letters {
     int64_t b, hq, hp, nq, nk, d, tq, tk, w;
 
-    Letters(const Tensor &q, const Tensor &k, const Geometry &g, int64_t gqa, int64_t block_q,
-            int64_t block_k) {
+    Letters(const Call &call, const Tensor &k, int64_t gqa, int64_t block_q, int64_t block_k) {
         check_rank4("k", k);
         const auto blocks = [](int64_t n, int64_t size) {
             return size > 0 ? (n + size - 1) / size : 0;
         };
-        b = g.sequences;
+        const Tensor &q = call.q;
+        const pbs_geometry &g = call.geometry;
+        b = call.sequences;
         hq = q.size(1);
         hp = gqa == PBS_GQA_GROUP ? k.size(1) : hq;
-        nq = g.c.max_seqlen_q > 0 ? g.c.max_seqlen_q : q.size(2);
-        nk = g.c.max_seqlen_k > 0 ? g.c.max_seqlen_k : k.size(2);
+        nq = g.max_seqlen_q > 0 ? g.max_seqlen_q : q.size(2);
+        nk = g.max_seqlen_k > 0 ? g.max_seqlen_k : k.size(2);
         d = q.size(3);
         tq = blocks(nq, block_q);
         tk = blocks(nk, block_k);
@@ -212,44 +230,8 @@ struct Letters {
     }
 };
 
-/* torch's thread pool as pbs_parallel_for_fn. Nothing may be thrown through the C core, so a
- * failure is noted in the pool and thrown afterwards. */
-struct Threads {
-    bool failed = false;
-
-    static void parallel_for(void *pool, int64_t begin, int64_t end, pbs_task_fn task, void *arg) {
-        if (torch_parallel_for(begin, end, 1, task, arg) != 0) {
-            static_cast<Threads *>(pool)->failed = true;
-        }
-    }
-
-    pbs_exec exec(int64_t isa) {
-        uint32_t threads = 1;
-        TORCH_ERROR_CODE_CHECK(torch_get_num_threads(&threads));
-        pbs_exec exec{};
-        exec.parallel_for = &Threads::parallel_for;
-        exec.pool = this;
-        exec.num_threads = static_cast<int32_t>(threads);
-        exec.isa = to_enum<pbs_isa>("isa", isa);
-        return exec;
-    }
-};
-
 inline Tensor new_tensor(const Tensor &like, Shape shape, ScalarType dtype) {
     return torch::stable::new_empty(like, shape, dtype);
-}
-
-/* Runs one verb: its workspace comes from torch's allocator and is gone afterwards. */
-template <class Params>
-void run(Params &p, pbs_status (*size)(const Params *, size_t *),
-         pbs_status (*verb)(const Params *), const Tensor &like, Threads &threads) {
-    check(size(&p, &p.workspace_bytes));
-    const auto bytes = static_cast<int64_t>(p.workspace_bytes);
-    Tensor memory = new_tensor(like, {bytes}, ScalarType::Byte);
-    p.workspace = memory.mutable_data_ptr(); /* of any alignment */
-    check(verb(&p));
-    if (threads.failed)
-        throw std::runtime_error("torch_parallel_for failed; outputs are not valid");
 }
 
 } // namespace pbs

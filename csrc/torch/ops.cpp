@@ -7,7 +7,7 @@
  */
 #include <tuple>
 
-#include "convert.h"
+#include "exec.h"
 
 namespace pbs::ops {
 
@@ -22,23 +22,23 @@ namespace pbs::ops {
 
 Tensor score(Tensor q, Tensor k, GEOMETRY_PARAMS, double softmax_scale, int64_t block_size,
              int64_t segment_size, int64_t gqa, int64_t order, int64_t seed, int64_t isa) {
-    const Geometry geometry = to_geometry(q, GEOMETRY_ARGS);
-    const Letters n(q, k, geometry, gqa, block_size, block_size);
-    Threads threads;
+    const Call call = to_call(q, GEOMETRY_ARGS);
+    const Letters n(call, k, gqa, block_size, block_size);
+    Exec exec(q, isa);
     pbs_score_params p = PBS_INIT(pbs_score_params);
-    p.q = to_view("q", q, n.b);
-    p.k = to_kv("k", k, n.b);
-    p.geometry = geometry.c;
+    p.q = to_view(call, "q", q);
+    p.k = to_kv(call, "k", k);
+    p.geometry = call.geometry;
+    p.exec = exec.c;
     p.softmax_scale = static_cast<float>(softmax_scale);
     p.block_size = to_int32("block_size", block_size);
     p.segment_size = to_int32("segment_size", segment_size);
     p.gqa = to_enum<pbs_gqa>("gqa", gqa);
     p.order = to_enum<pbs_order>("order", order);
     p.seed = static_cast<uint64_t>(seed);
-    p.exec = threads.exec(isa);
     Tensor out = new_tensor(q, {n.b, n.hp, n.nk}, ScalarType::Float);
     p.score = static_cast<float *>(data_of(out));
-    run(p, pbs_score_workspace_size, pbs_score, q, threads);
+    run(p, pbs_score_workspace_size, pbs_score, q, exec);
     return out;
 }
 
@@ -46,23 +46,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>
 permute(Tensor q, Tensor k, Tensor v, OptTensor score, OptTensor k_perm_in, OptTensor permute_heads,
         GEOMETRY_PARAMS, int64_t block_size, int64_t segment_size, int64_t gqa, int64_t mode,
         bool pack, int64_t isa) {
-    const Geometry geometry = to_geometry(q, GEOMETRY_ARGS);
-    const Letters n(q, k, geometry, gqa, block_size, block_size);
+    const Call call = to_call(q, GEOMETRY_ARGS);
+    const Letters n(call, k, gqa, block_size, block_size);
     const bool rows = mode == PBS_PERMUTE_QUERIES || mode == PBS_PERMUTE_BOTH;
-    Threads threads;
+    Exec exec(q, isa);
     pbs_permute_params p = PBS_INIT(pbs_permute_params);
-    p.q = to_view("q", q, n.b);
-    p.k = to_kv("k", k, n.b);
-    p.v = to_kv("v", v, n.b);
-    p.score = to_array<float>("score", score, ScalarType::Float, {n.b, n.hp, n.nk});
-    p.k_perm_in = to_array<int32_t>("k_perm_in", k_perm_in, ScalarType::Int, {n.b, n.hp, n.nk});
-    p.permute_heads = to_array<int32_t>("permute_heads", permute_heads, ScalarType::Int, {n.hp});
-    p.geometry = geometry.c;
+    p.q = to_view(call, "q", q);
+    p.k = to_kv(call, "k", k);
+    p.v = to_kv(call, "v", v);
+    p.score = to_array<float>(call, "score", score, ScalarType::Float, {n.b, n.hp, n.nk});
+    p.k_perm_in =
+        to_array<int32_t>(call, "k_perm_in", k_perm_in, ScalarType::Int, {n.b, n.hp, n.nk});
+    p.permute_heads =
+        to_array<int32_t>(call, "permute_heads", permute_heads, ScalarType::Int, {n.hp});
+    p.geometry = call.geometry;
+    p.exec = exec.c;
     p.block_size = to_int32("block_size", block_size);
     p.segment_size = to_int32("segment_size", segment_size);
     p.gqa = to_enum<pbs_gqa>("gqa", gqa);
     p.mode = to_enum<pbs_permute_mode>("mode", mode);
-    p.exec = threads.exec(isa);
     Tensor k_perm = new_tensor(q, {n.b, n.hp, n.nk}, ScalarType::Int);
     Tensor q_perm = new_tensor(q, {n.b, n.hq, rows ? n.nq : 0}, ScalarType::Int);
     Tensor k_pool = new_tensor(q, {n.b, n.hp, n.tk, n.d}, ScalarType::Float);
@@ -76,7 +78,7 @@ permute(Tensor q, Tensor k, Tensor v, OptTensor score, OptTensor k_perm_in, OptT
     /* Panels of keys that do not exist are not written: the same call must give the same bytes. */
     if (pack) torch::stable::zero_(packed);
     p.packed = pack ? data_of(packed) : nullptr;
-    run(p, pbs_permute_workspace_size, pbs_permute, q, threads);
+    run(p, pbs_permute_workspace_size, pbs_permute, q, exec);
     return {k_perm, q_perm, k_pool, v_pool, packed};
 }
 
@@ -86,17 +88,18 @@ std::tuple<Tensor, Tensor, Tensor> select(Tensor q, Tensor k, OptTensor k_pool, 
                                           int64_t segment_size, int64_t gqa, int64_t mode,
                                           int64_t method, int64_t stride, int64_t reduce,
                                           int64_t rule, double tau, bool return_mass, int64_t isa) {
-    const Geometry geometry = to_geometry(q, GEOMETRY_ARGS);
-    const Letters n(q, k, geometry, gqa, block_size, block_size);
-    Threads threads;
+    const Call call = to_call(q, GEOMETRY_ARGS);
+    const Letters n(call, k, gqa, block_size, block_size);
+    Exec exec(q, isa);
     pbs_select_params p = PBS_INIT(pbs_select_params);
-    p.q = to_view("q", q, n.b);
-    p.k = to_kv("k", k, n.b);
-    p.k_pool = to_array<float>("k_pool", k_pool, ScalarType::Float, {n.b, n.hp, n.tk, n.d});
-    p.k_perm = to_array<int32_t>("k_perm", k_perm, ScalarType::Int, {n.b, n.hp, n.nk});
-    p.q_perm = to_array<int32_t>("q_perm", q_perm, ScalarType::Int, {n.b, n.hq, n.nq});
-    p.tau_heads = to_array<float>("tau_heads", tau_heads, ScalarType::Float, {n.hq});
-    p.geometry = geometry.c;
+    p.q = to_view(call, "q", q);
+    p.k = to_kv(call, "k", k);
+    p.k_pool = to_array<float>(call, "k_pool", k_pool, ScalarType::Float, {n.b, n.hp, n.tk, n.d});
+    p.k_perm = to_array<int32_t>(call, "k_perm", k_perm, ScalarType::Int, {n.b, n.hp, n.nk});
+    p.q_perm = to_array<int32_t>(call, "q_perm", q_perm, ScalarType::Int, {n.b, n.hq, n.nq});
+    p.tau_heads = to_array<float>(call, "tau_heads", tau_heads, ScalarType::Float, {n.hq});
+    p.geometry = call.geometry;
+    p.exec = exec.c;
     p.softmax_scale = static_cast<float>(softmax_scale);
     p.block_size = to_int32("block_size", block_size);
     p.segment_size = to_int32("segment_size", segment_size);
@@ -107,7 +110,6 @@ std::tuple<Tensor, Tensor, Tensor> select(Tensor q, Tensor k, OptTensor k_pool, 
     p.reduce = to_enum<pbs_reduce>("reduce", reduce);
     p.rule = to_enum<pbs_rule>("rule", rule);
     p.tau = static_cast<float>(tau);
-    p.exec = threads.exec(isa);
     Tensor bits = new_tensor(q, {n.b, n.hq, n.tq, n.w}, ScalarType::Int);
     Tensor count = new_tensor(q, {n.b, n.hq, n.tq}, ScalarType::Int);
     Tensor mass = new_tensor(q, {n.b, n.hq, return_mass ? n.tq : 0, return_mass ? n.tk : 0},
@@ -115,7 +117,7 @@ std::tuple<Tensor, Tensor, Tensor> select(Tensor q, Tensor k, OptTensor k_pool, 
     p.bits = static_cast<uint32_t *>(data_of(bits));
     p.count = static_cast<int32_t *>(data_of(count));
     p.mass = return_mass ? static_cast<float *>(data_of(mass)) : nullptr;
-    run(p, pbs_select_workspace_size, pbs_select, q, threads);
+    run(p, pbs_select_workspace_size, pbs_select, q, exec);
     return {bits, count, mass};
 }
 
@@ -145,21 +147,22 @@ void attend_out(Tensor q, Tensor k, Tensor v, OptTensor packed, OptTensor bits, 
                 GEOMETRY_PARAMS, double softmax_scale, int64_t block_q, int64_t block_k,
                 int64_t segment_size, int64_t gqa, int64_t own, int64_t isa, Tensor out,
                 OptTensor lse) {
-    const Geometry geometry = to_geometry(q, GEOMETRY_ARGS);
-    const Letters n(q, k, geometry, gqa, block_q, block_k);
+    const Call call = to_call(q, GEOMETRY_ARGS);
+    const Letters n(call, k, gqa, block_q, block_k);
     const int64_t heads_sel = bits && bits->dim() == 4 ? bits->size(1) : n.hq;
     const int64_t packed_bytes = packed ? packed->numel() : 0;
-    Threads threads;
+    Exec exec(q, isa);
     pbs_attend_params p = PBS_INIT(pbs_attend_params);
-    p.q = to_view("q", q, n.b);
-    p.k = to_kv("k", k, n.b);
-    p.v = to_kv("v", v, n.b);
-    p.packed = to_array<uint8_t>("packed", packed, ScalarType::Byte, {packed_bytes});
+    p.q = to_view(call, "q", q);
+    p.k = to_kv(call, "k", k);
+    p.v = to_kv(call, "v", v);
+    p.packed = to_array<uint8_t>(call, "packed", packed, ScalarType::Byte, {packed_bytes});
     p.packed_bytes = static_cast<size_t>(packed_bytes);
     p.bits = reinterpret_cast<const uint32_t *>(
-        to_array<int32_t>("bits", bits, ScalarType::Int, {n.b, heads_sel, n.tq, n.w}));
-    p.q_perm = to_array<int32_t>("q_perm", q_perm, ScalarType::Int, {n.b, n.hq, n.nq});
-    p.geometry = geometry.c;
+        to_array<int32_t>(call, "bits", bits, ScalarType::Int, {n.b, heads_sel, n.tq, n.w}));
+    p.q_perm = to_array<int32_t>(call, "q_perm", q_perm, ScalarType::Int, {n.b, n.hq, n.nq});
+    p.geometry = call.geometry;
+    p.exec = exec.c;
     p.softmax_scale = static_cast<float>(softmax_scale);
     p.block_q = to_int32("block_q", block_q);
     p.block_k = to_int32("block_k", block_k);
@@ -167,10 +170,9 @@ void attend_out(Tensor q, Tensor k, Tensor v, OptTensor packed, OptTensor bits, 
     p.heads_sel = to_int32("heads_sel", heads_sel);
     p.gqa = to_enum<pbs_gqa>("gqa", gqa);
     p.own = to_enum<pbs_own>("own", own);
-    p.out = to_view("out", out, n.b, Layout::bnhd);
-    if (lse) p.lse = to_lse_view(*lse, n.b);
-    p.exec = threads.exec(isa);
-    run(p, pbs_attend_workspace_size, pbs_attend, q, threads);
+    p.out = to_view(call, "out", out, Layout::bnhd);
+    if (lse) p.lse = to_lse_view(call, *lse);
+    run(p, pbs_attend_workspace_size, pbs_attend, q, exec);
 }
 
 std::tuple<Tensor, Tensor> attend(Tensor q, Tensor k, Tensor v, OptTensor packed, OptTensor bits,
@@ -194,17 +196,20 @@ void prefill_into(Tensor q, Tensor k, Tensor v, OptTensor k_perm_in, OptTensor p
                   int64_t method, int64_t stride, int64_t reduce, int64_t rule, double tau,
                   int64_t isa, Tensor out, OptTensor lse, bool want_count, bool want_plan,
                   Plan &plan) {
-    const Geometry geometry = to_geometry(q, GEOMETRY_ARGS);
-    const Letters n(q, k, geometry, gqa, block_size, block_size);
-    Threads threads;
+    const Call call = to_call(q, GEOMETRY_ARGS);
+    const Letters n(call, k, gqa, block_size, block_size);
+    Exec exec(q, isa);
     pbs_prefill_params p = PBS_INIT(pbs_prefill_params);
-    p.q = to_view("q", q, n.b);
-    p.k = to_kv("k", k, n.b);
-    p.v = to_kv("v", v, n.b);
-    p.k_perm_in = to_array<int32_t>("k_perm_in", k_perm_in, ScalarType::Int, {n.b, n.hp, n.nk});
-    p.permute_heads = to_array<int32_t>("permute_heads", permute_heads, ScalarType::Int, {n.hp});
-    p.tau_heads = to_array<float>("tau_heads", tau_heads, ScalarType::Float, {n.hq});
-    p.geometry = geometry.c;
+    p.q = to_view(call, "q", q);
+    p.k = to_kv(call, "k", k);
+    p.v = to_kv(call, "v", v);
+    p.k_perm_in =
+        to_array<int32_t>(call, "k_perm_in", k_perm_in, ScalarType::Int, {n.b, n.hp, n.nk});
+    p.permute_heads =
+        to_array<int32_t>(call, "permute_heads", permute_heads, ScalarType::Int, {n.hp});
+    p.tau_heads = to_array<float>(call, "tau_heads", tau_heads, ScalarType::Float, {n.hq});
+    p.geometry = call.geometry;
+    p.exec = exec.c;
     p.softmax_scale = static_cast<float>(softmax_scale);
     p.block_size = to_int32("block_size", block_size);
     p.segment_size = to_int32("segment_size", segment_size);
@@ -217,8 +222,8 @@ void prefill_into(Tensor q, Tensor k, Tensor v, OptTensor k_perm_in, OptTensor p
     p.reduce = to_enum<pbs_reduce>("reduce", reduce);
     p.rule = to_enum<pbs_rule>("rule", rule);
     p.tau = static_cast<float>(tau);
-    p.out = to_view("out", out, n.b, Layout::bnhd);
-    if (lse) p.lse = to_lse_view(*lse, n.b);
+    p.out = to_view(call, "out", out, Layout::bnhd);
+    if (lse) p.lse = to_lse_view(call, *lse);
     if (want_count) {
         plan.count = new_tensor(q, {n.b, n.hq, n.tq}, ScalarType::Int);
         p.count = static_cast<int32_t *>(data_of(*plan.count));
@@ -229,8 +234,7 @@ void prefill_into(Tensor q, Tensor k, Tensor v, OptTensor k_perm_in, OptTensor p
         p.bits = static_cast<uint32_t *>(data_of(*plan.bits));
         p.k_perm = static_cast<int32_t *>(data_of(*plan.k_perm));
     }
-    p.exec = threads.exec(isa);
-    run(p, pbs_prefill_workspace_size, pbs_prefill, q, threads);
+    run(p, pbs_prefill_workspace_size, pbs_prefill, q, exec);
 }
 
 void prefill_out(Tensor q, Tensor k, Tensor v, OptTensor k_perm_in, OptTensor permute_heads,
@@ -262,6 +266,10 @@ prefill(Tensor q, Tensor k, Tensor v, OptTensor k_perm_in, OptTensor permute_hea
     return {out, lse, *plan.count, or_empty(plan.bits), or_empty(plan.k_perm)};
 }
 
+using torch::stable::detail::StableLibrary;
+
+#if !defined(PBS_CUDA_LIBRARY)
+
 #define ATTEND_SCHEMA                                                                              \
     "Tensor q, Tensor k, Tensor v, Tensor? packed, Tensor? bits, Tensor? q_perm, " GEOMETRY_SCHEMA \
     "float softmax_scale, int block_q, int block_k, int segment_size, int gqa, int own, "
@@ -271,9 +279,7 @@ prefill(Tensor q, Tensor k, Tensor v, OptTensor k_perm_in, OptTensor permute_hea
     "float softmax_scale, int block_size, int segment_size, int gqa, int permute_mode, " \
     "int order, int seed, int method, int stride, int reduce, int rule, float tau, "
 
-} // namespace pbs::ops
-
-STABLE_TORCH_LIBRARY(pbs_attn, m) {
+void define(StableLibrary &m) {
     m.def("score(Tensor q, Tensor k, " GEOMETRY_SCHEMA
           "float softmax_scale, int block_size, int segment_size, int gqa, int order, int seed, "
           "int isa=0) -> Tensor");
@@ -295,12 +301,28 @@ STABLE_TORCH_LIBRARY(pbs_attn, m) {
           "int isa=0, *, Tensor(a!) out, Tensor(b!)? lse=None) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(pbs_attn, CPU, m) {
-    m.impl("score", TORCH_BOX(&pbs::ops::score));
-    m.impl("permute", TORCH_BOX(&pbs::ops::permute));
-    m.impl("select", TORCH_BOX(&pbs::ops::select));
-    m.impl("attend", TORCH_BOX(&pbs::ops::attend));
-    m.impl("attend_out", TORCH_BOX(&pbs::ops::attend_out));
-    m.impl("prefill", TORCH_BOX(&pbs::ops::prefill));
-    m.impl("prefill_out", TORCH_BOX(&pbs::ops::prefill_out));
+#endif
+
+void implement(StableLibrary &m) {
+    m.impl("score", TORCH_BOX(&score));
+    m.impl("permute", TORCH_BOX(&permute));
+    m.impl("select", TORCH_BOX(&select));
+    m.impl("attend", TORCH_BOX(&attend));
+    m.impl("attend_out", TORCH_BOX(&attend_out));
+    m.impl("prefill", TORCH_BOX(&prefill));
+    m.impl("prefill_out", TORCH_BOX(&prefill_out));
 }
+
+} // namespace pbs::ops
+
+/* Schemas are defined once, by the CPU library, which is always there. The emulated GPU's ops have
+ * a namespace of their own, and take CPU tensors. */
+#if defined(PBS_CUDA_LIBRARY)
+STABLE_TORCH_LIBRARY_IMPL(pbs_attn, CUDA, m) { pbs::ops::implement(m); }
+#elif defined(PBS_EMULATED_LIBRARY)
+STABLE_TORCH_LIBRARY(pbs_attn_emu, m) { pbs::ops::define(m); }
+STABLE_TORCH_LIBRARY_IMPL(pbs_attn_emu, CPU, m) { pbs::ops::implement(m); }
+#else
+STABLE_TORCH_LIBRARY(pbs_attn, m) { pbs::ops::define(m); }
+STABLE_TORCH_LIBRARY_IMPL(pbs_attn, CPU, m) { pbs::ops::implement(m); }
+#endif

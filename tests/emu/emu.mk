@@ -64,7 +64,7 @@ build/emu/libpbs_emu.a: $(EMU_OBJECTS)
 	@rm -f $@
 	ar rcs $@ $^
 
-.PHONY: emu-check emu-check-gcc emu-check-clang emu-check-san emu-library
+.PHONY: emu-check emu-check-gcc emu-check-clang emu-check-san emu-library emu
 emu-check: emu-check-gcc emu-check-clang emu-check-san ## CUDA kernels on a CPU: tests of the emulation
 
 # A compiler that is not there: one loud line for a user, an error for CI.
@@ -81,5 +81,29 @@ emu-check-san:
 	@$(if $(or $(EMU_GXX),$(EMU_CLANGXX)),$(emu_make) emu-run-san,$(call emu_missing,c++))
 
 emu-library: build/emu/libpbs_emu.a
+
+# The torch binding over it. An empty library named libtorch_cpu.so is enough to link with: see
+# setup.py. Both this library and pbs_attn._C hold the core, hence -Bsymbolic.
+PY ?= python3
+EMU_BINDING := -O2 -fvisibility=hidden -Wno-missing-field-initializers -DPBS_EMULATED_LIBRARY \
+	-DTORCH_TARGET_VERSION=0x020a000000000000
+EMU_LINK := -shared -Wl,-Bsymbolic -Wl,--version-script=build_tools/exports.map
+
+build/emu/csrc/torch/ops.cpp.o: csrc/torch/ops.cpp
+	@mkdir -p $(@D)
+	$(or $(EMU_GXX),$(EMU_CLANGXX)) $(EMU_CXXFLAGS) $(EMU_BINDING) \
+		-isystem "$$($(PY) build_tools/torch_headers.py)" -MMD -MP -c $< -o $@
+
+build/emu/libtorch_cpu.so:
+	@mkdir -p $(@D)
+	cc -shared -nostdlib -Wl,-soname,$(@F) -o $@ -x c /dev/null
+
+build/emu/_C_emu.so: $(EMU_OBJECTS) build/emu/csrc/torch/ops.cpp.o | build/emu/libtorch_cpu.so
+	$(or $(EMU_GXX),$(EMU_CLANGXX)) $(EMU_LINK) -o $@.new $^ -lpthread \
+		-Lbuild/emu -Wl,--no-as-needed -ltorch_cpu
+	@mv $@.new $@
+
+emu: ## the torch ops over an emulated GPU, for the Python tests
+	@$(emu_make) PY=$(PY) build/emu/_C_emu.so
 
 -include $(shell find build/emu build/emu-* -name '*.d' 2>/dev/null)
