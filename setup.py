@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Build pbs_attn/_C.abi3.so: the C core with the C compiler, the torch binding with the C++ one.
+Where nvcc is found, pbs_attn/_C_cuda.abi3.so too: the same core, the kernels of csrc/cuda.
 
 Needs compilers, Python.h and torch's headers; no torch import, no network, no GPU. Environment:
-CC, CXX, CFLAGS, CXXFLAGS, LDFLAGS  as usual
+CC, CXX, CFLAGS, CXXFLAGS, LDFLAGS  as usual; NVCCFLAGS for nvcc
 MAX_JOBS            compilers at once (default: usable cores)
 PBS_TORCH_INCLUDE   include folder of any torch >= 2.10 (default: the one of this environment)
-PBS_BUILD_CUDA      auto (default), 0 = never, 1 = failing to build the CUDA library is an error
+PBS_BUILD_CUDA      auto (default): with nvcc if there is one; 0 = never; 1 = no nvcc is an error
+PBS_CUDA_HOME       the toolkit; else CUDA_HOME, CUDA_PATH, nvcc on PATH, /usr/local/cuda
+PBS_CUDA_ARCHS      targets (default 80;90;80+PTX); 80 alone is quick, for developers
 """
 
 import os
@@ -24,12 +27,14 @@ sys.path.insert(0, str(ROOT / "build_tools"))
 
 import cuda  # noqa: E402
 import torch_headers  # noqa: E402
-from compiling import BuildError, Job, compile_all, compiler_id, run  # noqa: E402
+from compiling import BuildError, Job, compile_all, compiler_id, max_jobs, run  # noqa: E402
 
 PYTHON_FLOOR = "0x030a0000"  # limited API of 3.10
 TORCH_FLOOR = "0x020a000000000000"  # stable ABI of 2.10
 EXPORTS = "build_tools/exports.map"
 OBJECTS = Path("build/objects")  # not build_temp: editable builds throw that away
+CUDA_LIBRARY = "pbs_attn._C_cuda"
+NVCC, NO_CUDA = cuda.choose_nvcc()
 
 C_FLAGS = (
     "-std=c11 -O3 -ffp-contract=off -fPIC -fvisibility=hidden -Wall -Wextra -Icsrc/include -Icsrc"
@@ -39,9 +44,9 @@ CXX_FLAGS = (
     "-Wno-missing-field-initializers "  # PBS_INIT: the fields left out are zero
     f"-DTORCH_TARGET_VERSION={TORCH_FLOOR} -DUSE_CUDA -Icsrc/include"
 )
+# -Bsymbolic-functions: both libraries hold the core, each calls its own.
 LINK_FLAGS = (
-    "-shared -Wl,--no-as-needed -ltorch_cpu -Wl,--as-needed -Wl,--exclude-libs=ALL -Wl,-z,relro "
-    f"-Wl,--version-script={EXPORTS} -s"
+    f"--exclude-libs=ALL -Bsymbolic-functions -z relro --version-script={EXPORTS} -s".split()
 )
 AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl"
 # First match by file name wins. Emulated vector units (emu_*) are plain C for tests: -O3 takes gcc
@@ -67,6 +72,17 @@ def core_sources() -> list[str]:
     return [str(f) for f in sorted(files, key=lambda f: ("isa_emu_" not in f.name, f))]
 
 
+def extensions() -> list[Extension]:
+    binding = ["csrc/python/module.c", "csrc/torch/ops.cpp"]
+    core = core_sources()
+    found = [Extension("pbs_attn._C", sources=[*core, *binding], py_limited_api=True)]
+    if NVCC:
+        shared = [name for name in core if name.startswith("csrc/core/")]
+        files = [*cuda.sources(ROOT), *shared, *binding]
+        found.append(Extension(CUDA_LIBRARY, sources=files, py_limited_api=True))
+    return found
+
+
 def c_string(name: str, value: str) -> str:
     text = value.replace("\\", "\\\\").replace('"', '\\"')
     return f'-D{name}="{text}"'
@@ -74,9 +90,11 @@ def c_string(name: str, value: str) -> str:
 
 class BuildPBS(build_ext):
     def run(self):
-        # An older build in another mode must not leave a library behind for the wheel to pack.
-        ours = {Path(self.get_ext_fullpath(ext.name)).name for ext in self.extensions}
-        for old in (Path(self.build_lib) / "pbs_attn").glob("_C*.so"):
+        # An older build in another mode must not leave a library behind for the wheel to pack, nor
+        # in the checkout.
+        ours = {Path(self.get_ext_filename(ext.name)).name for ext in self.extensions}
+        folders = [Path(self.build_lib) / "pbs_attn", *([ROOT / "pbs_attn"] * self.inplace)]
+        for old in (file for folder in folders for file in folder.glob("_C*.so")):
             if old.name not in ours:
                 old.unlink()
         super().run()
@@ -91,76 +109,110 @@ class BuildPBS(build_ext):
     def _build(self, ext):
         if not sys.platform.startswith("linux"):
             raise BuildError(f"platform {sys.platform!r}: only Linux is supported")
-        torch_include = torch_headers.require()
         target = Path(self.get_ext_fullpath(ext.name))
-        cc = os.environ.get("CC", "cc")
-        cxx = os.environ.get("CXX", "c++")
-        no_cuda = cuda.reason_for_cpu_only(ROOT)
-        torch_version = torch_headers.version(torch_include)
-        print(f"pbs_attn: {target.name} with {cc}, {cxx}, headers of torch {torch_version}")
-        print(f"pbs_attn: no CUDA library: {no_cuda}", flush=True)
-
-        jobs = self._jobs(ext, cc, cxx, torch_include, no_cuda)
+        build = Library(ext.name, torch_headers.require())
+        print(f"pbs_attn: {target.name} with {build.tools}", flush=True)
+        if not NVCC:
+            print(f"pbs_attn: no CUDA library: {NO_CUDA}", flush=True)
+        jobs = [build.job(Path(name)) for name in ext.sources]
         compile_all(jobs)
-        self._link(cc, cxx, [str(job.object) for job in jobs], target)
+        build.link([str(job.object) for job in jobs], target)
 
-    def _jobs(self, ext, cc, cxx, torch_include, no_cuda):
-        cc_id, cxx_id = compiler_id(cc), compiler_id(cxx)
+
+class Library:
+    """How the files of one library are compiled and linked. Objects of csrc/core serve both."""
+
+    def __init__(self, name: str, torch_include: Path):
+        self.cc = os.environ.get("CC", "cc")
+        self.cxx = os.environ.get("CXX", "c++")
+        self.cc_id, self.cxx_id = compiler_id(self.cc), compiler_id(self.cxx)
+        self.torch_include = torch_include
+        torch = torch_headers.version(torch_include)
+        self.toolkit = cuda.toolkit(NVCC, self.cxx) if name == CUDA_LIBRARY else None
+        self.tools = f"{self.cc}, {self.cxx}, headers of torch {torch}"
+        self.binding_flags = [c_string("PBS_BUILD_TORCH", torch)]
+        self.needed = ["torch_cpu"]
+        if self.toolkit:
+            self.tools += f", nvcc {self.toolkit.version} for {self.toolkit.arch_names}"
+            self.binding_flags += [
+                "-DPBS_CUDA_LIBRARY",
+                c_string("PBS_BUILD_ARCHS", self.toolkit.arch_names),
+                c_string("PBS_BUILD_NVCC", self.toolkit.version),
+            ]
+            self.needed.append("torch_cuda")
+        else:
+            self.binding_flags.append(c_string("PBS_BUILD_NO_CUDA", NO_CUDA))
+
+    def job(self, source: Path) -> Job:
+        make = {".c": self._c_job, ".cpp": self._cxx_job, ".cu": self._nvcc_job}
+        return make[source.suffix](source)
+
+    def _object(self, source: Path) -> Path:
+        folder = source.parent.relative_to("csrc")
+        if self.toolkit and source.parent.name in ("python", "torch"):
+            folder = Path("cuda") / folder
+        suffix = ".cu.o" if source.suffix == ".cu" else ".o"
+        return OBJECTS / folder / (source.stem + suffix)
+
+    def _c_job(self, source):
         cflags = shlex.split(os.environ.get("CFLAGS", ""))
-        cxxflags = shlex.split(os.environ.get("CXXFLAGS", ""))
-        module_flags = [
-            f"-DPy_LIMITED_API={PYTHON_FLOOR}",
-            *("-isystem" + sysconfig.get_path(p) for p in ("include", "platinclude")),
-            c_string("PBS_BUILD_NO_CUDA", no_cuda),
-            c_string("PBS_BUILD_TORCH", torch_headers.version(torch_include)),
-        ]
-        jobs = []
-        for name in ext.sources:
-            source = Path(name)
-            obj = OBJECTS / source.relative_to("csrc").with_suffix(".o")
-            if source.suffix == ".cpp":
-                command = [*shlex.split(cxx), *CXX_FLAGS.split(), "-isystem", str(torch_include)]
-                jobs.append(Job(source, obj, (*command, *cxxflags), cxx_id))
-                continue
-            command = [*shlex.split(cc), *C_FLAGS.split(), *isa_flags(source.name).split()]
-            if source.parent.name == "python":
-                command += module_flags
-            if source.name == "status.c":  # pbs_build_info()
-                command.append(c_string("PBS_BUILD_FLAGS", shlex.join([*C_FLAGS.split(), *cflags])))
-            jobs.append(Job(source, obj, (*command, *cflags), cc_id))
-        return jobs
+        command = [*shlex.split(self.cc), *C_FLAGS.split(), *isa_flags(source.name).split()]
+        if source.parent.name == "python":
+            command.append(f"-DPy_LIMITED_API={PYTHON_FLOOR}")
+            command += ["-isystem" + sysconfig.get_path(p) for p in ("include", "platinclude")]
+            command += self.binding_flags
+        if source.name == "status.c":  # pbs_build_info()
+            command.append(c_string("PBS_BUILD_FLAGS", shlex.join([*C_FLAGS.split(), *cflags])))
+        return Job(source, self._object(source), (*command, *cflags), self.cc_id)
 
-    def _link(self, cc, cxx, objects, target):
-        # An empty library of that name is enough: it only puts libtorch_cpu.so into DT_NEEDED, and
-        # torch has the true one loaded by then. tools/check_symbols.py catches misspelt names.
-        stubs, soname = OBJECTS / "stubs", "libtorch_cpu.so"
+    def _cxx_job(self, source):
+        command = [*shlex.split(self.cxx), *CXX_FLAGS.split(), "-isystem", str(self.torch_include)]
+        command += ["-DPBS_CUDA_LIBRARY"] if self.toolkit else []
+        command += shlex.split(os.environ.get("CXXFLAGS", ""))
+        return Job(source, self._object(source), tuple(command), self.cxx_id)
+
+    def _nvcc_job(self, source):
+        command, obj = self.toolkit.compile_command(source), self._object(source)
+        threads = min(max_jobs(), len(self.toolkit.archs))
+        speed, log = ("--threads", str(threads)), obj.with_suffix(".log")
+        return Job(source, obj, command, self.toolkit.identity, speed, log)
+
+    def link(self, objects: list[str], target: Path) -> None:
+        stubs = OBJECTS / "stubs"
         fresh = target.with_name(target.name + ".new")  # a running process keeps the old file
-        link = [*shlex.split(cxx), "-o", str(fresh), *objects, f"-L{stubs}", *LINK_FLAGS.split()]
-        link += shlex.split(os.environ.get("LDFLAGS", ""))
-        record = OBJECTS / "link.cmd"
+        link = [*self._linker(), "-o", str(fresh), *objects]
+        for flag in ["-L" + str(stubs), "--no-as-needed", *("-l" + n for n in self.needed),
+                     "--as-needed", *LINK_FLAGS]:  # fmt: skip
+            link += ["-Xlinker", flag]
+        for flag in shlex.split(os.environ.get("LDFLAGS", "")):
+            link += ["-Xcompiler", flag] if self.toolkit else [flag]
+        record = OBJECTS / f"{target.name}.link"
         if target.is_file() and record.is_file() and record.read_text() == shlex.join(link):
             built = target.stat().st_mtime_ns
             if all(os.stat(p).st_mtime_ns < built for p in (*objects, EXPORTS)):
                 print(f"  {target.name} is up to date", flush=True)
                 return
-        stubs.mkdir(parents=True, exist_ok=True)
+        for name in self.needed:
+            self._make_stub(stubs / f"lib{name}.so")
         target.parent.mkdir(parents=True, exist_ok=True)
-        stub = [*shlex.split(cc), "-shared", "-nostdlib", f"-Wl,-soname,{soname}"]
-        run([*stub, "-o", str(stubs / soname), "-x", "c", "/dev/null"], "making the link stub")
         run(link, f"linking {target.name}")
         fresh.replace(target)
         record.write_text(shlex.join(link))
         print(f"  linked {target.name}, {target.stat().st_size / 1024:.0f} KiB", flush=True)
 
+    def _linker(self) -> list[str]:
+        return self.toolkit.link_command() if self.toolkit else [*shlex.split(self.cxx), "-shared"]
+
+    def _make_stub(self, path: Path) -> None:
+        # An empty library of that name is enough: it only puts the name into DT_NEEDED, and torch
+        # has the true one loaded by then. tools/check_symbols.py catches misspelt names.
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stub = [*shlex.split(self.cc), "-shared", "-nostdlib", f"-Wl,-soname,{path.name}"]
+        run([*stub, "-o", str(path), "-x", "c", "/dev/null"], "making a link stub")
+
 
 setup(
-    ext_modules=[
-        Extension(
-            "pbs_attn._C",
-            sources=[*core_sources(), "csrc/python/module.c", "csrc/torch/ops.cpp"],
-            py_limited_api=True,
-        )
-    ],
+    ext_modules=extensions(),
     cmdclass={"build_ext": BuildPBS},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

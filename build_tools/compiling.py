@@ -26,21 +26,29 @@ class Job:
     object: Path
     command: tuple[str, ...]
     compiler_id: str  # first line of --version: another compiler means another object
+    speed: tuple[str, ...] = ()  # options that make the same object in another time
+    log: Path | None = None  # keeps what the compiler says; only its warnings are shown
 
     @property
     def argv(self) -> list[str]:
+        return [*self.command, *self.speed, *self._files]
+
+    @property
+    def _files(self) -> list[str]:
         depend = ["-MMD", "-MF", str(self.object.with_suffix(".d"))]
-        return [*self.command, *depend, "-c", str(self.source), "-o", str(self.object)]
+        return [*depend, "-c", str(self.source), "-o", str(self.object)]
 
     @property
     def record(self) -> str:
-        return f"{self.compiler_id}\n{shlex.join(self.argv)}\n"
+        return f"{self.compiler_id}\n{shlex.join([*self.command, *self._files])}\n"
 
     def is_fresh(self) -> bool:
         """Same command as last time, and no file that went into the object is newer than it."""
         try:
             built = self.object.stat().st_mtime_ns
             if self.object.with_suffix(".cmd").read_text() != self.record:
+                return False
+            if self.log and not self.log.is_file():
                 return False
             return all(os.stat(p).st_mtime_ns <= built for p in self._dependencies())
         except OSError:
@@ -73,10 +81,19 @@ def compiler_id(command: str) -> str:
     return (out.stdout or out.stderr).partition("\n")[0]
 
 
-def run(argv: list[str], what: str) -> None:
+# What ptxas -v says of every kernel is for the log; numbered remarks (C7510) are for the eye, too.
+CHATTER = re.compile(r"ptxas info +: (?!\(C)|\s*\d+ bytes stack frame|\s*$")
+
+
+def run(argv: list[str], what: str, log: Path | None = None) -> None:
     done = subprocess.run(argv, capture_output=True, text=True)
-    if done.stderr:
-        sys.stderr.write(done.stderr)  # warnings of a command that succeeded, too
+    said = done.stderr
+    if log:
+        log.write_text(f"{shlex.join(argv)}\n{done.stdout}{done.stderr}")
+        lines = (done.stdout + done.stderr).splitlines(keepends=True)
+        said = "".join(line for line in lines if not CHATTER.match(line))
+    if said:
+        sys.stderr.write(said)  # warnings of a command that succeeded, too
     if done.returncode:
         raise BuildError(f"{what} failed ({done.returncode}):\n  {shlex.join(argv)}")
 
@@ -86,7 +103,7 @@ def _compile(job: Job) -> float:
     job.object.parent.mkdir(parents=True, exist_ok=True)
     record = job.object.with_suffix(".cmd")
     record.unlink(missing_ok=True)  # a compile that is cut short leaves no fresh-looking object
-    run(job.argv, f"compiling {job.source}")
+    run(job.argv, f"compiling {job.source}", job.log)
     record.write_text(job.record)
     return time.monotonic() - start
 

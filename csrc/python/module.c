@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * pbs_attn._C: what Python may ask of the C core besides the torch ops. CPython limited API, 3.10.
- * The ops of the same library register themselves when it is loaded (csrc/torch/ops.cpp), so torch
- * must have been imported before: pbs_attn/_load.py sees to that.
+ * pbs_attn._C: what Python may ask of the C core besides the torch ops, and with PBS_CUDA_LIBRARY
+ * pbs_attn._C_cuda: the same questions to the GPU's half. CPython limited API, 3.10. The ops of the
+ * same library register themselves when it is loaded (csrc/torch/ops.cpp), so torch must have been
+ * imported before: pbs_attn/_load.py sees to that.
  */
 #include <Python.h>
 
@@ -11,14 +12,13 @@
 
 #include "pbs/pbs.h"
 
-#ifndef PBS_BUILD_NO_CUDA
-#define PBS_BUILD_NO_CUDA "not recorded"
+#if defined(PBS_CUDA_LIBRARY)
+#include "cuda/cuda.h"
 #endif
+
 #ifndef PBS_BUILD_TORCH
 #define PBS_BUILD_TORCH "unknown"
 #endif
-
-static const char *const ISA_VARIABLE = "PBS_ATTN_ISA";
 
 /* Sets a Python error for a status that is not PBS_OK; returns -1 then, 0 otherwise. */
 static int raise_status(pbs_status status) {
@@ -44,6 +44,13 @@ static int set_item(PyObject *dict, const char *key, PyObject *value) {
     return failed ? -1 : 0;
 }
 
+/* NULL and "" are None. */
+static PyObject *text_or_none(const char *text) {
+    if (text && *text) return PyUnicode_FromString(text);
+    Py_INCREF(Py_None);
+    return Py_None;
+}
+
 PyDoc_STRVAR(abi_version_doc, "abi_version() -> int\n\nPBS_ABI_VERSION of the C core.");
 
 static PyObject *abi_version(PyObject *self, PyObject *unused) {
@@ -51,13 +58,8 @@ static PyObject *abi_version(PyObject *self, PyObject *unused) {
     return PyLong_FromLong(pbs_abi_version());
 }
 
-PyDoc_STRVAR(
-    build_info_doc,
-    "build_info() -> dict\n\nCompiler, flags and instruction sets of the C core, the torch "
-    "whose headers were used, and why there is no CUDA library (None if there is one).");
-
-static PyObject *build_info(PyObject *self, PyObject *unused) {
-    (void)self, (void)unused;
+/* pbs_build_info() and the torch whose headers were used, as a dict. */
+static PyObject *core_info(void) {
     PyObject *json = PyImport_ImportModule("json");
     if (!json) return NULL;
     PyObject *info = PyObject_CallMethod(json, "loads", "s", pbs_build_info());
@@ -65,62 +67,11 @@ static PyObject *build_info(PyObject *self, PyObject *unused) {
     if (!info) return NULL;
     if (!PyDict_Check(info)) {
         PyErr_SetString(PyExc_RuntimeError, "pbs_build_info() is not a JSON object");
-    } else if (set_item(info, "torch_headers", PyUnicode_FromString(PBS_BUILD_TORCH)) == 0 &&
-               set_item(info, "no_cuda", PyUnicode_FromString(PBS_BUILD_NO_CUDA)) == 0) {
+    } else if (set_item(info, "torch_headers", PyUnicode_FromString(PBS_BUILD_TORCH)) == 0) {
         return info;
     }
     Py_DECREF(info);
     return NULL;
-}
-
-PyDoc_STRVAR(
-    cpu_capabilities_doc,
-    "cpu_capabilities() -> dict[str, bool]\n\nInstruction set -> compiled in, and this CPU "
-    "can run it.");
-
-static PyObject *cpu_capabilities(PyObject *self, PyObject *unused) {
-    (void)self, (void)unused;
-    PyObject *dict = PyDict_New();
-    if (!dict) return NULL;
-    for (int isa = PBS_ISA_AUTO + 1; isa < PBS_ISA_COUNT; isa++) {
-        const char *name = pbs_isa_name((pbs_isa)isa);
-        if (!name) continue;
-        if (set_item(dict, name, PyBool_FromLong(pbs_isa_available((pbs_isa)isa))) < 0) {
-            Py_DECREF(dict);
-            return NULL;
-        }
-    }
-    return dict;
-}
-
-PyDoc_STRVAR(
-    isa_doc,
-    "isa(dtype='bfloat16') -> str\n\nThe instruction set that a call with this dtype would "
-    "run now. NotImplementedError if PBS_ATTN_ISA forces one that this CPU lacks.");
-
-static PyObject *isa(PyObject *self, PyObject *args, PyObject *kwargs) {
-    (void)self;
-    static char *names[] = {"dtype", NULL};
-    const char *dtype_name = "bfloat16";
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|s:isa", names, &dtype_name)) return NULL;
-    pbs_dtype dtype = dtype_from_name(dtype_name);
-    if (!dtype) return NULL;
-    const char *name = pbs_isa_name(pbs_isa_for(PBS_ISA_AUTO, dtype));
-    if (name) return PyUnicode_FromString(name);
-    const char *forced = getenv(ISA_VARIABLE);
-    return PyErr_Format(PyExc_NotImplementedError, "%s is '%s', which this build on this CPU lacks",
-                        ISA_VARIABLE, forced ? forced : "");
-}
-
-PyDoc_STRVAR(forced_isa_doc,
-             "forced_isa() -> str | None\n\nThe environment variable PBS_ATTN_ISA, if set.");
-
-static PyObject *forced_isa(PyObject *self, PyObject *unused) {
-    (void)self, (void)unused;
-    const char *forced = getenv(ISA_VARIABLE);
-    if (forced && *forced) return PyUnicode_FromString(forced);
-    Py_INCREF(Py_None);
-    return Py_None;
 }
 
 PyDoc_STRVAR(last_error_doc,
@@ -231,24 +182,183 @@ static PyObject *kv_packed_bytes(PyObject *self, PyObject *args, PyObject *kwarg
 #define WITH_KEYWORDS(function) \
     ((PyCFunction)(void (*)(void))(function)), METH_VARARGS | METH_KEYWORDS
 
+/* What both libraries answer. */
+#define COMMON_METHODS                                                              \
+    {"abi_version", abi_version, METH_NOARGS, abi_version_doc},                     \
+        {"build_info", build_info, METH_NOARGS, build_info_doc},                    \
+        {"last_error", last_error, METH_NOARGS, last_error_doc},                    \
+        {"kv_packed_bytes", WITH_KEYWORDS(kv_packed_bytes), kv_packed_bytes_doc}, { \
+        "prefill_workspace_size", WITH_KEYWORDS(prefill_workspace_size),            \
+            prefill_workspace_size_doc                                              \
+    }
+
+#if defined(PBS_CUDA_LIBRARY)
+
+#ifndef PBS_BUILD_ARCHS
+#define PBS_BUILD_ARCHS "unknown"
+#endif
+#ifndef PBS_BUILD_NVCC
+#define PBS_BUILD_NVCC "unknown"
+#endif
+
+PyDoc_STRVAR(
+    build_info_doc,
+    "build_info() -> dict\n\nCompilers, flags and targets of the CUDA library, the torch "
+    "whose headers were used, and the kernels of attend: (dtype, head_dim, BLOCK_M, BLOCK_N).");
+
+/* [(dtype, head_dim, BLOCK_M, BLOCK_N)]: a call takes the first that holds its own sizes. */
+static PyObject *attend_kernels(void) {
+    static const struct {
+        const char *dtype;
+        int head_dim, block_m, block_n;
+    } kernels[] = {
+#define INSTANCE(dtype, type, head_dim, block_m, block_n, warps, blocks_per_sm) \
+    {#type, head_dim, block_m, block_n},
+#include "cuda/attend_instances.inc"
+#undef INSTANCE
+    };
+    PyObject *list = PyList_New(0);
+    for (size_t i = 0; list && i < sizeof kernels / sizeof *kernels; i++) {
+        PyObject *kernel = Py_BuildValue("(siii)", kernels[i].dtype, kernels[i].head_dim,
+                                         kernels[i].block_m, kernels[i].block_n);
+        int failed = !kernel || PyList_Append(list, kernel) < 0;
+        Py_XDECREF(kernel);
+        if (failed) Py_CLEAR(list);
+    }
+    return list;
+}
+
+static PyObject *build_info(PyObject *self, PyObject *unused) {
+    (void)self, (void)unused;
+    PyObject *info = core_info();
+    if (!info) return NULL;
+    if (PyDict_DelItemString(info, "isas") == 0 && /* the CPU's */
+        set_item(info, "archs", PyUnicode_FromString(PBS_BUILD_ARCHS)) == 0 &&
+        set_item(info, "nvcc", PyUnicode_FromString(PBS_BUILD_NVCC)) == 0 &&
+        set_item(info, "kernels", attend_kernels()) == 0) {
+        return info;
+    }
+    Py_DECREF(info);
+    return NULL;
+}
+
+PyDoc_STRVAR(capability_doc, "capability(device) -> int\n\nCompute capability of a CUDA device: 90 "
+                             "is 9.0. 0 if it cannot be asked.");
+
+static PyObject *capability(PyObject *self, PyObject *device) {
+    (void)self;
+    int ordinal;
+    if (!PyArg_Parse(device, "i:capability", &ordinal)) return NULL;
+    return PyLong_FromLong(pbs_cuda_capability(ordinal));
+}
+
+PyDoc_STRVAR(refuses_doc, "refuses(device) -> str | None\n\nWhy no kernel of this library runs on "
+                          "that CUDA device, or None.");
+
+static PyObject *refuses(PyObject *self, PyObject *device) {
+    (void)self;
+    int ordinal;
+    if (!PyArg_Parse(device, "i:refuses", &ordinal)) return NULL;
+    return text_or_none(pbs_cuda_refuses(ordinal));
+}
+
 static PyMethodDef methods[] = {
-    {"abi_version", abi_version, METH_NOARGS, abi_version_doc},
-    {"build_info", build_info, METH_NOARGS, build_info_doc},
-    {"cpu_capabilities", cpu_capabilities, METH_NOARGS, cpu_capabilities_doc},
-    {"isa", WITH_KEYWORDS(isa), isa_doc},
-    {"forced_isa", forced_isa, METH_NOARGS, forced_isa_doc},
-    {"last_error", last_error, METH_NOARGS, last_error_doc},
-    {"kv_packed_bytes", WITH_KEYWORDS(kv_packed_bytes), kv_packed_bytes_doc},
-    {"prefill_workspace_size", WITH_KEYWORDS(prefill_workspace_size), prefill_workspace_size_doc},
+    COMMON_METHODS,
+    {"capability", capability, METH_O, capability_doc},
+    {"refuses", refuses, METH_O, refuses_doc},
     {NULL, NULL, 0, NULL},
 };
 
+#define MODULE "_C_cuda"
+#define MODULE_INIT PyInit__C_cuda
+
+#else
+
+#ifndef PBS_BUILD_NO_CUDA
+#define PBS_BUILD_NO_CUDA "not recorded"
+#endif
+
+static const char *const ISA_VARIABLE = "PBS_ATTN_ISA";
+
+PyDoc_STRVAR(
+    build_info_doc,
+    "build_info() -> dict\n\nCompiler, flags and instruction sets of the C core, the torch "
+    "whose headers were used, and why there is no CUDA library (None if there is one).");
+
+static PyObject *build_info(PyObject *self, PyObject *unused) {
+    (void)self, (void)unused;
+    PyObject *info = core_info();
+    if (info && set_item(info, "no_cuda", text_or_none(PBS_BUILD_NO_CUDA)) == 0) return info;
+    Py_XDECREF(info);
+    return NULL;
+}
+
+PyDoc_STRVAR(
+    cpu_capabilities_doc,
+    "cpu_capabilities() -> dict[str, bool]\n\nInstruction set -> compiled in, and this CPU "
+    "can run it.");
+
+static PyObject *cpu_capabilities(PyObject *self, PyObject *unused) {
+    (void)self, (void)unused;
+    PyObject *dict = PyDict_New();
+    if (!dict) return NULL;
+    for (int isa = PBS_ISA_AUTO + 1; isa < PBS_ISA_COUNT; isa++) {
+        const char *name = isa == PBS_ISA_SM80 ? NULL : pbs_isa_name((pbs_isa)isa);
+        if (!name) continue;
+        if (set_item(dict, name, PyBool_FromLong(pbs_isa_available((pbs_isa)isa))) < 0) {
+            Py_DECREF(dict);
+            return NULL;
+        }
+    }
+    return dict;
+}
+
+PyDoc_STRVAR(
+    isa_doc,
+    "isa(dtype='bfloat16') -> str\n\nThe instruction set that a call with this dtype would "
+    "run now. NotImplementedError if PBS_ATTN_ISA forces one that this CPU lacks.");
+
+static PyObject *isa(PyObject *self, PyObject *args, PyObject *kwargs) {
+    (void)self;
+    static char *names[] = {"dtype", NULL};
+    const char *dtype_name = "bfloat16";
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|s:isa", names, &dtype_name)) return NULL;
+    pbs_dtype dtype = dtype_from_name(dtype_name);
+    if (!dtype) return NULL;
+    const char *name = pbs_isa_name(pbs_isa_for(PBS_ISA_AUTO, dtype));
+    if (name) return PyUnicode_FromString(name);
+    const char *forced = getenv(ISA_VARIABLE);
+    return PyErr_Format(PyExc_NotImplementedError, "%s is '%s', which this build on this CPU lacks",
+                        ISA_VARIABLE, forced ? forced : "");
+}
+
+PyDoc_STRVAR(forced_isa_doc,
+             "forced_isa() -> str | None\n\nThe environment variable PBS_ATTN_ISA, if set.");
+
+static PyObject *forced_isa(PyObject *self, PyObject *unused) {
+    (void)self, (void)unused;
+    return text_or_none(getenv(ISA_VARIABLE));
+}
+
+static PyMethodDef methods[] = {
+    COMMON_METHODS,
+    {"cpu_capabilities", cpu_capabilities, METH_NOARGS, cpu_capabilities_doc},
+    {"isa", WITH_KEYWORDS(isa), isa_doc},
+    {"forced_isa", forced_isa, METH_NOARGS, forced_isa_doc},
+    {NULL, NULL, 0, NULL},
+};
+
+#define MODULE "_C"
+#define MODULE_INIT PyInit__C
+
+#endif
+
 static struct PyModuleDef module = {
     .m_base = PyModuleDef_HEAD_INIT,
-    .m_name = "pbs_attn._C",
+    .m_name = "pbs_attn." MODULE,
     .m_doc = "The C core of pbs_attn. Importing it after torch registers torch.ops.pbs_attn.*",
     .m_size = 0,
     .m_methods = methods,
 };
 
-PyMODINIT_FUNC PyInit__C(void) { return PyModuleDef_Init(&module); }
+PyMODINIT_FUNC MODULE_INIT(void) { return PyModuleDef_Init(&module); }
