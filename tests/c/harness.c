@@ -179,7 +179,12 @@ int available_isas(pbs_dtype dtype, pbs_isa isas[PBS_ISA_COUNT]) {
     return count;
 }
 
-int is_emulated(pbs_isa isa) { return isa >= PBS_ISA_EMU_AVX2; }
+pbs_dtype widest_dtype(void) {
+    pbs_isa isas[PBS_ISA_COUNT];
+    return available_isas(PBS_DTYPE_FP32, isas) ? PBS_DTYPE_FP32 : PBS_DTYPE_BF16;
+}
+
+int is_emulated(pbs_isa isa) { return isa >= PBS_ISA_EMU_AVX2 && isa <= PBS_ISA_EMU_AVX512_BF16; }
 
 #ifndef PBS_TEST_THIN
 #define PBS_TEST_THIN 1

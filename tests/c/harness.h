@@ -76,6 +76,8 @@ void *filled(size_t bytes, int byte);
 double element(const pbs_view *v, int32_t b, int32_t h, int64_t row, int32_t d);
 /* All ISAs that this build and CPU offer for dtype; returns how many. */
 int available_isas(pbs_dtype dtype, pbs_isa isas[PBS_ISA_COUNT]);
+/* fp32, or bf16 where no kernel takes it. */
+pbs_dtype widest_dtype(void);
 /* A grid is walked in steps: every point natively, every third one where the vector unit is
  * emulated (slow) or the sanitizers watch (PBS_TEST_THIN); first points differ by ISA. */
 int is_emulated(pbs_isa isa);

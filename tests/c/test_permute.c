@@ -205,12 +205,12 @@ void test_permute(void) {
     p.head_dim = 16;
     p.block = 64;
     p.segment = 128;
-    p.dtype = PBS_DTYPE_FP32;
+    p.dtype = widest_dtype();
     p.has_geometry = 1;
     p.q_len[0] = 300, p.kv_len[0] = 420;
     p.q_start[1] = 20, p.q_len[1] = 270, p.kv_start[1] = 1, p.kv_len[1] = 200;
     pbs_isa isas[PBS_ISA_COUNT];
-    int count = available_isas(PBS_DTYPE_FP32, isas);
+    int count = available_isas(p.dtype, isas);
     for (int i = 0; i < count; i++) {
         p.isa = isas[i];
         test_queries(&p, PBS_PERMUTE_QUERIES, 5);

@@ -101,8 +101,10 @@ void test_score(void) {
     p.head_dim = 16;
     p.block = 64;
     p.segment = 128;
-    p.dtype = PBS_DTYPE_FP32;
-    p.isa = PBS_ISA_C;
+    p.dtype = widest_dtype();
+    pbs_isa isas[PBS_ISA_COUNT];
+    available_isas(p.dtype, isas);
+    p.isa = isas[0];
     p.has_geometry = 1;
     const int32_t geometry[4][3] = {{5, 0, 89}, {80, 0, 1}, {3, 40, 0}, {290, 257, 127}};
     for (int b = 0; b < 3; b++) {
