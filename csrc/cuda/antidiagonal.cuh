@@ -142,7 +142,7 @@ PBS_DEVICE void group_products(const select_args &a, const group_band &w, const 
         ptx::cp_async_commit();
         ptx::cp_async_wait<1>();
         __syncthreads();
-        gemm_nt<T>(acc, operand_of(now.q, m0, lane), operand_of(now.k, n0, lane));
+        gemm_nt<T>(acc, operand_a(now.q, m0, lane), operand_b(now.k, n0, lane));
         __syncthreads(); /* this stage is filled, or z is written, next */
     }
     const float scale = a.p.softmax_scale / static_cast<float>(a.p.stride);
