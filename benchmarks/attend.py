@@ -2,20 +2,21 @@
 """python -m benchmarks.attend: the selected blocks, forced densities, and dense attention.
 
 "attend" reads K/V packed by permute. "20%", "30%", "40%" are random history blocks at that density
-of the causal blocks, given as bits on natural order; those calls pack K/V themselves.
+of the causal blocks, given as bits on natural order; those calls pack K/V themselves on a CPU.
+On a GPU FlexAttention runs the selected blocks beside them.
 """
 
 import functools
 import sys
 
-from benchmarks import baselines, harness
+from benchmarks import baselines, flex, harness
 from benchmarks.harness import Row
 
 SHARES = (0.2, 0.3, 0.4)
 
 
 def rows(work) -> list[Row]:
-    return [Row("attend", work.attend, work.computed, work.density)]
+    return [Row("attend", work.attend, work.computed, work.density, diagonal=work.diagonal)]
 
 
 def forced(work) -> list[Row]:
@@ -23,12 +24,13 @@ def forced(work) -> list[Row]:
     for share in SHARES:
         bits, blocks, density = work.forced(share)
         call = functools.partial(work.attend_bits, bits)
-        made.append(Row(f"attend {share:.0%}", call, blocks, density))
+        name = f"attend {share:.0%}"
+        made.append(Row(name, call, blocks, density, diagonal=work.diagonal))
     return made
 
 
 def with_baselines(work) -> list[Row]:
-    return [*rows(work), *forced(work), *baselines.rows(work)]
+    return [*rows(work), *forced(work), *baselines.rows(work), *flex.rows(work)]
 
 
 if __name__ == "__main__":

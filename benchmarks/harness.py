@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One way to measure: rows interleaved round by round, a register peak before and after each.
+"""One way to measure: rows interleaved round by round, the machine's peak before and after each.
 
 A verb module gives `rows(work) -> list[Row]`; `main` does the rest: arguments, inputs, samples,
 table, JSON. A round runs every row once (A B C A B C ...), so a machine that changes speed while we
 measure changes it for all rows alike. Between two rows stands a probe of the machine's peak: a
 sample whose two probes differ by more than 10% is flagged and left out of the medians, but stays in
-the JSON.
+the JSON. How a call is timed and what is probed is the device's matter (devices.py).
 """
 
 from __future__ import annotations
 
-import argparse
 import json
+import math
 import os
 import statistics
 import sys
@@ -21,14 +21,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import torch
-
-from benchmarks import inputs, machine
+from benchmarks import inputs, machine, options, table
 from benchmarks.inputs import Shape
-from benchmarks.peak import UNIT_OF_ISA, Peak
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 DRIFT = 0.10  # probes further apart than this flag the sample between them
 
 
@@ -40,111 +35,49 @@ class Row:
     call: Callable[[], object]
     blocks: int = 0
     density: float | None = None
+    diagonal: int = 0  # of the blocks, half masked
+    bytes: int = 0  # that cannot be avoided; 0 = no GB/s
+    dense: bool = False  # a dense kernel, so one of those that the best is chosen of
     extra: dict = field(default_factory=dict)
 
 
 @dataclass
 class Sample:
     ms: float
-    probe: tuple[float, float]  # GFLOP/s before and after
+    probe: tuple[float, float]  # before and after, of the row's unit
     flagged: bool
+    host_ms: float | None = None  # GPU: until the call returned
+    probes: dict[str, tuple[float, float]] | None = None  # GPU: of every unit
 
 
-def measure(rows, peak: Peak, unit: str, args, tick):
-    """name -> samples, and whether Ctrl-C ended it early; what was taken by then is kept."""
-    clock = CLOCKS[args.clock]
+def measure(rows, device, isa: str, args, tick, until: float = math.inf):
+    """name -> samples, and whether Ctrl-C ended it early; what was taken by then is kept.
+
+    until: of time.perf_counter; no round but the first is begun later."""
     taken: dict[str, list[Sample]] = {row.name: [] for row in rows}
+    units = {row.name: device.unit(row, isa) for row in rows}
+    probed = set(units.values())
     try:
         for row in rows:
-            row.call()  # warm: pages mapped, kernels chosen
-        before = peak.run(unit, args.probe_ms)
-        for _ in range(args.samples):
+            device.warm_up(row.call)
+        before = device.probe(probed)
+        for done in range(args.samples):
+            if done and time.perf_counter() > until:
+                break
             for row in rows:
-                begin = clock()
-                row.call()
-                ms = 1e3 * (clock() - begin)
-                after = peak.run(unit, args.probe_ms)
-                drift = abs(before - after) / max(before, after)
-                taken[row.name].append(Sample(ms, (before, after), drift > DRIFT))
+                timing = device.time(row.call)
+                after = device.probe(probed)
+                pairs = {unit: (before[unit], after[unit]) for unit in after}
+                pair = pairs[units[row.name]]
+                drift = abs(pair[0] - pair[1]) / max(pair)
+                every = pairs if device.kind == "cuda" else None
+                sample = Sample(timing.ms, pair, drift > DRIFT, timing.host_ms, every)
+                taken[row.name].append(sample)
                 before = after
                 tick()
     except KeyboardInterrupt:
         return taken, True
     return taken, False
-
-
-def summarise(row: Row, samples: list[Sample], shape: Shape, block: int) -> dict:
-    """Medians over unflagged samples (over all, and said so, when fewer than three are)."""
-    clean = [s for s in samples if not s.flagged]
-    enough = len(clean) >= min(3, len(samples))
-    used = clean if enough else samples
-    flop = 4.0 * block * block * shape.head_dim * row.blocks  # two products of B x B x D
-
-    def fraction(s: Sample) -> float:
-        return flop / (s.ms * 1e6) / (sum(s.probe) / 2)
-
-    times = sorted(s.ms for s in used)
-    result = {
-        "row": row.name,
-        "ms": statistics.median(times),
-        "ms_p10": times[int(0.1 * (len(times) - 1))],
-        "ms_p90": times[-1 - int(0.1 * (len(times) - 1))],
-        "density": row.density,
-        "blocks": row.blocks or None,
-        "gflops": flop / (statistics.median(times) * 1e6) if row.blocks else None,
-        "of_peak": statistics.median(map(fraction, used)) if row.blocks else None,
-        "used": len(used),
-        "flagged": len(samples) - len(clean),
-        "flagged_used": not enough,
-        "samples": [asdict(s) for s in samples],
-    }
-    return {**result, **row.extra}
-
-
-def compare(results: list[dict], baseline: str) -> None:
-    """Adds `vs_<baseline>`: median of the per-round ratios, so drift cancels."""
-    base = next((r for r in results if r["row"] == baseline), None)
-    if base is None:
-        return
-    for result in results:
-        if not result["blocks"]:  # part of a call: nothing to compare a whole one with
-            continue
-        pairs = list(zip(base["samples"], result["samples"], strict=False))
-        # probes of a flagged sample moved while it ran: such a round compares nothing
-        clean = [(b, r) for b, r in pairs if not (b["flagged"] or r["flagged"])]
-        ratios = [b["ms"] / r["ms"] for b, r in (clean if len(clean) >= 3 else pairs)]
-        if ratios:
-            result[f"vs_{baseline}"] = statistics.median(ratios)
-
-
-def table(shape: Shape, unit: str, probes: list[float], results: list[dict]) -> str:
-    lines = [f"{shape}   {unit} {statistics.median(probes):.0f} GFLOP/s"]
-    head = f"  {'row':<13}{'ms':>9}{'p10':>9}{'p90':>9}{'density':>9}{'blocks':>9}"
-    lines.append(head + f"{'GFLOP/s':>9}{'of peak':>9}{'x sdpa':>8}{'x dense':>8}  flagged")
-
-    def cell(value, width: int, form: str) -> str:
-        return f"{'-':>{width}}" if value is None else f"{value:>{width}{form}}"
-
-    for r in results:
-        flagged = f"{r['flagged']}/{len(r['samples'])}" + (" used" if r["flagged_used"] else "")
-        lines.append(
-            f"  {r['row']:<13}{r['ms']:>9.2f}{r['ms_p10']:>9.2f}{r['ms_p90']:>9.2f}"
-            + cell(r["density"], 9, ".3f")
-            + cell(r["blocks"], 9, "d")
-            + cell(r["gflops"], 9, ".0f")
-            + cell(r["of_peak"], 9, ".2f")
-            + cell(r.get("vs_sdpa"), 8, ".2f")
-            + cell(r.get("vs_dense"), 8, ".2f")
-            + f"  {flagged}"
-        )
-    for r in results:
-        if "workspace_size" in r:
-            measured, said = r["peak_extra_bytes"], r["workspace_size"]
-            lines.append(
-                f"  {r['row']}: peak extra memory {measured / 2**20:.2f} MiB measured, "
-                f"workspace_size {said / 2**20:.2f} MiB"
-            )
-    return "\n".join(lines)
 
 
 class Progress:
@@ -157,7 +90,7 @@ class Progress:
     def tick(self, steps: int = 1) -> None:
         self.done += steps
         if self.shown:
-            filled = 30 * self.done // self.total
+            filled = min(30 * self.done // self.total, 30)
             bar = "#" * filled + "." * (30 - filled)
             sys.stderr.write(f"\r[{bar}] {self.done}/{self.total} {self.label:<40}")
             sys.stderr.flush()
@@ -177,56 +110,16 @@ def save(path: Path, report: dict) -> None:
     os.replace(f.name, path)
 
 
-def length(text: str) -> int:
-    number = text.lower().removesuffix("k")
-    value = int(number) * (1024 if number != text.lower() else 1)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"length must be at least 1, got {text}")
-    return value
-
-
-def parser(verb: str) -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        prog=f"python -m benchmarks.{verb}",
-        description=f"Measure {verb}: see benchmarks/README.md for how to read the table.",
-    )
-    p.add_argument("--lengths", default="1k,2k,4k,8k,16k", help="comma separated (%(default)s)")
-    p.add_argument("--dtypes", default="bf16,fp32", help="of bf16, fp16, fp32 (%(default)s)")
-    p.add_argument("--head-dim", type=int, default=128)
-    p.add_argument("--heads", type=int, default=8)
-    p.add_argument("--heads-k", type=int, default=2)
-    p.add_argument("--tau", type=float, default=0.9)
-    p.add_argument("--block-size", type=int, default=128)
-    p.add_argument("--segment-size", type=int, default=256)
-    p.add_argument("--threads", type=int, default=torch.get_num_threads())
-    clocks = "wall, or this process's CPU time: one thread, for a machine that does other work"
-    p.add_argument("--clock", choices=tuple(CLOCKS), default="wall", help=clocks)
-    p.add_argument("--samples", type=int, default=9, help="rounds per shape (%(default)s)")
-    p.add_argument("--probe-ms", type=float, default=10.0, help="length of a peak probe")
-    p.add_argument("--json", type=Path, metavar="OUT", help="'results' = benchmarks/results/<cpu>/")
-    p.add_argument("--capture", metavar="MODEL", help="real q, k, v of a model instead: smollm2")
-    p.add_argument("--quick", action="store_true", help="1k, bf16, three rounds: does it run?")
-    return p
-
-
-def main(verb: str, rows: Callable) -> int:
-    args = parser(verb).parse_args()
-    if args.quick:
-        args.lengths, args.dtypes, args.samples = "1k", "bf16", 3
-    if args.threads < 1 or args.samples < 1:
-        raise SystemExit(f"--threads {args.threads} --samples {args.samples}: at least 1 each")
-    unknown = set(args.dtypes.split(",")) - set(DTYPES)
-    if unknown:
-        raise SystemExit(f"--dtypes: unknown {', '.join(sorted(unknown))}; of {', '.join(DTYPES)}")
-    if args.clock == "cpu" and args.threads != 1:
-        raise SystemExit(f"--clock cpu --threads {args.threads}: only --threads 1 is allowed")
-    torch.set_num_threads(args.threads)
-    peak = Peak(args.threads, args.clock == "cpu")
-    about = machine.banner(args.threads)
-    peaks = {u: statistics.median(peak.run(u, 50) for _ in range(5)) for u in peak.units}
+def begin(args, device) -> dict:
+    """Prints the banner; the report with all that stands over the numbers."""
+    about = device.banner()
+    peaks = device.peaks()
     print(machine.describe(about))
-    print("peak, GFLOP/s: " + ", ".join(f"{u} {g:.0f}" for u, g in peaks.items()))
-    report = {
+    print("peak, GFLOP/s (copy: GB/s): " if "copy" in peaks else "peak, GFLOP/s: ", end="")
+    print(", ".join(f"{u} {g:.0f}" for u, g in peaks.items()))
+    if about.get("no_mma_peak"):
+        print(f"no mma.sync peak: {about['no_mma_peak']}")
+    return {
         "banner": about,
         "options": {name: str(value) for name, value in vars(args).items()},
         "peak_gflops": peaks,
@@ -234,49 +127,109 @@ def main(verb: str, rows: Callable) -> int:
         "complete": False,
         "shapes": [],
     }
-    out = args.json
-    if out and str(out) == "results":
-        folder = machine.ROOT / "benchmarks" / "results" / machine.slug(about)
-        out = folder / f"{verb}-d{args.head_dim}.json"
+
+
+def where(args, about: dict, verb: str) -> Path | None:
+    """--json's file; 'results' picks one by machine, verb and head_dim, --quick's apart."""
+    if not args.json or str(args.json) != "results":
+        return args.json
+    name = f"{verb}-d{args.head_dim}" + ("-quick" if args.quick else "")
+    return machine.ROOT / "benchmarks" / "results" / machine.slug(about) / f"{name}.json"
+
+
+def main(verb: str, rows: Callable, arguments=None, open_device: Callable | None = None) -> int:
+    args = options.parse(verb, arguments)
+    from benchmarks import baselines, devices  # what they import needs the built extension
+
+    for spec in args.baseline:
+        baselines.load(spec)  # a wrong flag is said now, not after minutes
+    if args.save_capture:
+        return _save_capture(args)
+    device = (open_device or devices.open_device)(args)
+    report = begin(args, device)
+    if getattr(args, "break_even", False):
+        from benchmarks import break_even
+
+        return break_even.run(args, device, report)
+    out = where(args, report["banner"], verb)
     try:
-        for entry in _entries(args, rows, peak):
+        for entry in _entries(args, rows, device):
             report["shapes"].append(entry)
             if out:
                 save(out, report)
         report["complete"] = True
     except KeyboardInterrupt:
         print("stopped: what was measured so far is kept")
+    if device.kind == "cuda":
+        report["banner"]["gpu"]["state_at_end"] = device.state()
+        print(f"at the end: {machine.describe_state(report['banner']['gpu']['state_at_end'])}")
     if out:
         save(out, report)
         print(f"saved {out}")
     return 0 if report["complete"] else 130
 
 
-def _entries(args, rows: Callable, peak: Peak):
-    """Measures shape by shape; prints each table, yields what goes into the report."""
-    from benchmarks.work import Work  # needs the built extension; --help does not
+def _save_capture(args) -> int:
+    import torch
 
-    lengths = [length(text) for text in args.lengths.split(",")]
-    progress = None
-    for name in args.dtypes.split(","):
-        for n in lengths:
-            work = Work(Shape(n, args.heads, args.heads_k, args.head_dim, DTYPES[name]), args)
-            shape, todo = work.shape, rows(work)
-            if progress is None:
-                total = len(lengths) * len(args.dtypes.split(","))
-                progress = Progress(total * len(todo) * args.samples)
-            progress.label = str(shape)
-            unit = UNIT_OF_ISA.get(work.isa, "fma-c")
-            taken, stopped = measure(todo, peak, unit, args, progress.tick)
-            progress.clear()
-            done = [row for row in todo if taken[row.name]]
-            results = [summarise(row, taken[row.name], shape, args.block_size) for row in done]
-            if results:
-                compare(results, "sdpa")
-                compare(results, "dense")
-                probes = [p for r in results for s in r["samples"] for p in s["probe"]]
-                print(table(shape, f"{work.isa}, {unit}", probes, results), flush=True)
-                about = asdict(shape) | {"dtype": name, "isa": work.isa, "unit": unit}
-                yield about | {"rows": results}
-            if stopped:
-                raise KeyboardInterrupt
+    from benchmarks import capture
+
+    longest = max(map(options.length, args.lengths.split(",")))
+    print(capture.save(args.capture, longest, args.save_capture, torch.device(args.device)))
+    return 0
+
+
+def _entries(args, rows: Callable, device):
+    """Measures shape by shape; prints each table, yields what goes into the report."""
+    from benchmarks.work import Work
+
+    lengths = [options.length(text) for text in args.lengths.split(",")]
+    shapes = [(name, n) for name in args.dtypes.split(",") for n in lengths]
+    began, progress, work, todo = time.perf_counter(), None, None, []
+    for i, (name, n) in enumerate(shapes):
+        work = todo = None  # freed before the next is made
+        shape = Shape(n, args.heads, args.heads_k, args.head_dim, options.DTYPES[name])
+        work = Work(shape, args, device)
+        todo = rows(work)
+        progress = progress or Progress(len(shapes) * len(todo) * args.samples)
+        progress.label = str(work.shape)
+        until = math.inf
+        if args.seconds:
+            now = time.perf_counter()
+            until = now + max(args.seconds - (now - began), 0.0) / (len(shapes) - i)
+        taken, stopped = measure(todo, device, work.isa, args, progress.tick, until)
+        progress.clear()
+        done = [row for row in todo if taken[row.name]]
+        if done:
+            yield entry(work, name, done, taken)
+        if stopped:
+            raise KeyboardInterrupt
+
+
+def entry(work, dtype: str, rows: list[Row], taken: dict) -> dict:
+    """One shape's part of the report, and its table."""
+    block = work.config.block_size
+    results = [table.summarise(row, taken[row.name], work.shape, block) for row in rows]
+    about = asdict(work.shape) | {"dtype": dtype, "isa": work.isa}
+    title = f"{work.shape}   {work.isa}"
+    table.compare(results, "dense")
+    if work.device.kind == "cpu":
+        table.compare(results, "sdpa")
+        unit = work.device.unit(rows[0], work.isa)
+        probes = [p for r in results for s in r["samples"] for p in s["probe"]]
+        print(table.cpu_table(title, {unit: statistics.median(probes)}, results), flush=True)
+        return about | {"unit": unit, "rows": results} | _failed(work)
+    best = table.best_dense(results)
+    if best:
+        table.compare(results, best, "best")
+    seen: dict[str, list[float]] = {}
+    for sample in (s for r in results for s in r["samples"]):
+        for unit, pair in sample["probes"].items():
+            seen.setdefault(unit, []).extend(pair)
+    probes = {unit: statistics.median(rates) for unit, rates in seen.items()}
+    print(table.gpu_table(title, probes, results, best, work.failures), flush=True)
+    return about | {"probes": probes, "best_dense": best, "rows": results} | _failed(work)
+
+
+def _failed(work) -> dict:
+    return {"not_run": work.failures} if work.failures else {}

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The banner that stands over every number: machine, build, versions, commit, command."""
+"""The banner that stands over every number: machine, build, versions, commit, command.
+
+For a GPU also its clocks and power under load, as nvidia-smi has them.
+"""
 
 from __future__ import annotations
 
@@ -66,6 +69,59 @@ def banner(threads: int) -> dict:
     }
 
 
+# Fields that every driver of the last years knows; one that is unknown fails the whole query.
+SMI_FIELDS = (
+    "driver_version",
+    "pstate",
+    "clocks.sm",
+    "clocks.mem",
+    "clocks.max.sm",
+    "power.draw",
+    "power.limit",
+    "temperature.gpu",
+)
+
+
+def nvidia_smi(properties, run=subprocess.run) -> dict:
+    """{field: value now}, or {"unavailable": why}. Values the GPU does not give are left out."""
+    command = ["nvidia-smi", f"--query-gpu={','.join(SMI_FIELDS)}", "--format=csv,noheader,nounits"]
+    uuid = str(getattr(properties, "uuid", ""))
+    if uuid:  # CUDA's index is not nvidia-smi's
+        command.append(f"--id={uuid if uuid.startswith(('GPU-', 'MIG-')) else 'GPU-' + uuid}")
+    try:
+        done = run(command, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.SubprocessError) as error:
+        return {"unavailable": str(error)}
+    values = [value.strip() for value in done.stdout.strip().split("\n")[0].split(",")]
+    if done.returncode or len(values) != len(SMI_FIELDS):
+        return {"unavailable": (done.stderr or done.stdout).strip()[-200:] or "no output"}
+    pairs = zip(SMI_FIELDS, values, strict=True)
+    return {field: value for field, value in pairs if not value.startswith("[")}
+
+
+def gpu_banner(properties, state: dict) -> dict:
+    """`state`: nvidia_smi() with the GPU at work, before the first sample."""
+    cudnn = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
+    return {
+        "name": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "sms": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
+        "l2_bytes": properties.L2_cache_size,
+        "cuda": torch.version.cuda,
+        "cudnn": cudnn,
+        "state": state,
+    }
+
+
+def no_cuda_library() -> str | None:
+    """Why there are no CUDA kernels of ours here, or None."""
+    import pbs_attn
+
+    found = pbs_attn.build_info()["libraries"]["cuda"]
+    return None if found["file"] else str(found["reason"])
+
+
 def command() -> str:
     """The command line that made the numbers, as a person would type it."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
@@ -75,6 +131,9 @@ def command() -> str:
 
 def slug(about: dict) -> str:
     """Folder name below results/: what a reader compares, not where the machine stands."""
+    if "gpu" in about:
+        name = re.sub(r"[^a-z0-9]+", "-", about["gpu"]["name"].lower()).strip("-")
+        return name if name.startswith("nvidia") else f"nvidia-{name}"
     vendor = {"AuthenticAMD": "amd", "GenuineIntel": "intel"}.get(about["vendor"], "cpu")
     parts = [vendor]
     if about["family"]:
@@ -93,4 +152,21 @@ def describe(about: dict) -> str:
         f"Python {about['python']}, commit {about['commit']}{state}",
         about["command"],
     ]
+    if "gpu" in about:
+        lines.insert(0, describe_gpu(about["gpu"]))
     return "\n".join(lines)
+
+
+def describe_gpu(gpu: dict) -> str:
+    sizes = f"{gpu['memory_bytes'] / 2**30:.0f} GiB, L2 {gpu['l2_bytes'] / 2**20:.0f} MiB"
+    versions = f"CUDA {gpu['cuda']}, cuDNN {gpu['cudnn']}"
+    return (
+        f"{gpu['name']}, capability {gpu['capability']}, {gpu['sms']} SMs, {sizes}; {versions}\n"
+        f"under load: {describe_state(gpu['state'])}"
+    )
+
+
+def describe_state(state: dict) -> str:
+    if "unavailable" in state:
+        return f"nvidia-smi unavailable: {state['unavailable']}"
+    return ", ".join(f"{field} {value}" for field, value in state.items())

@@ -8,11 +8,12 @@ from benchmarks.harness import Row
 
 
 def rows(work) -> list[Row]:
-    return [Row("permute", work.permute)]
+    return [Row("permute", work.permute, bytes=work.permute_bytes())]
 
 
 def with_copy(work) -> list[Row]:
-    return [*rows(work), Row("copy K, V", lambda: (work.k.clone(), work.v.clone()))]
+    copy = Row("copy K, V", lambda: (work.k.clone(), work.v.clone()), bytes=work.copy_bytes())
+    return [*rows(work), copy]
 
 
 if __name__ == "__main__":

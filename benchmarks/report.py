@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""python -m benchmarks.report [--write]: the tables of README.md and docs/cpu-kernel.md.
+"""python -m benchmarks.report [--write]: the tables of README.md, docs/cpu-kernel.md, docs/cuda.md.
 
 Made from benchmarks/results/*/prefill-*.json, so that no number stands there without its machine,
-command and commit. --write replaces what lies between the marks `<!-- numbers -->` and
-`<!-- end of numbers -->`.
+command and commit; a --quick file counts only where there is no full one. --write replaces what
+lies between the marks `<!-- numbers -->` and `<!-- end of numbers -->`. A page about which there is
+no file is left as it is.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from pathlib import Path
 
 from benchmarks.machine import ROOT
 
@@ -18,30 +20,48 @@ BEGIN, END = "<!-- numbers -->", "<!-- end of numbers -->"
 NOISY = " (noisy)"
 
 
-def reports() -> list[dict]:
-    files = sorted((ROOT / "benchmarks" / "results").glob("*/prefill-*.json"))
-    return [json.loads(file.read_text()) | {"file": str(file.relative_to(ROOT))} for file in files]
+def reports(root: Path = ROOT) -> list[dict]:
+    files = sorted((root / "benchmarks" / "results").glob("*/prefill-*.json"))
+    full = {file for file in files if not file.stem.endswith("-quick")}
+    files = [
+        f for f in files if f in full or f.with_stem(f.stem.removesuffix("-quick")) not in full
+    ]
+    return [json.loads(file.read_text()) | {"file": str(file.relative_to(root))} for file in files]
+
+
+def on_gpu(report: dict) -> bool:
+    return "gpu" in report["banner"]
+
+
+def machine_of(report: dict) -> str:
+    b, o = report["banner"], report["options"]
+    if on_gpu(report):
+        gpu = b["gpu"]
+        driver = gpu["state"].get("driver_version")
+        versions = f"CUDA {gpu['cuda']}" + (f", driver {driver}" if driver else "")
+        limit = gpu["state"].get("power.limit")
+        return f"{gpu['name']}{f' ({limit} W)' if limit else ''}, {versions}"
+    threads = f"{b['threads']} thread" + ("s" if b["threads"] > 1 else "")
+    threads += ", CPU time" if o["clock"] == "cpu" else ""
+    return f"{b['cpu']} family {b['family']} model {b['model']}, {threads}"
 
 
 def origin(report: dict) -> str:
     b, o = report["banner"], report["options"]
-    kind = f"{b['cpu']} family {b['family']} model {b['model']}"
-    threads = f"{b['threads']} thread" + ("s" if b["threads"] > 1 else "")
-    threads += ", CPU time" if o["clock"] == "cpu" else ""
     state = " with uncommitted changes" if b["uncommitted"] else ""
     heads = "heads of a captured model" if o["capture"] != "None" else ""
     heads = heads or f"{o['heads']} query and {o['heads_k']} key heads"
     return (
-        f"{kind}, {threads}, {heads}, D = {report['shapes'][0]['head_dim']}, "
+        f"{machine_of(report)}, {heads}, D = {report['shapes'][0]['head_dim']}, "
         f"torch {b['torch']}, commit {b['commit']}{state}, {b['date'][:10]}: "
         f"`{b['command']}` ([all samples]({{up}}{report['file']}))"
     )
 
 
-def number(row: dict | None, key: str, form: str) -> str:
+def number(row: dict | None, key: str, form: str, scale: float = 1.0) -> str:
     if row is None or row.get(key) is None:
         return "-"
-    return format(row[key], form) + (NOISY if row["flagged_used"] else "")
+    return format(row[key] * scale, form) + (NOISY if row["flagged_used"] else "")
 
 
 def rows_of(shape: dict) -> dict[str, dict]:
@@ -50,6 +70,8 @@ def rows_of(shape: dict) -> dict[str, dict]:
 
 def short(report: dict) -> list[str]:
     """What a newcomer asks: how much is read, how long does it take, what does it need?"""
+    if on_gpu(report):
+        return short_gpu(report)
     head = ["dtype", "tokens", "density", "sparse, ms", "torch, ms", "x torch"]
     head += ["our dense, x torch", "memory"]
     cells = []
@@ -64,6 +86,46 @@ def short(report: dict) -> list[str]:
             f"{r['prefill']['peak_extra_bytes'] / 2**20:.1f} MiB",
         ]
         cells.append([shape["dtype"], str(shape["length"]), *made])
+    return markdown(head, cells)
+
+
+def short_gpu(report: dict) -> list[str]:
+    head = ["dtype", "tokens", "density", "sparse, ms", "best dense, ms", "x best dense"]
+    head += ["our dense, x best dense", "memory"]
+    cells = []
+    for shape in report["shapes"]:
+        r = rows_of(shape)
+        best = shape["best_dense"]
+        made = [
+            number(r["prefill"], "density", ".2f").removesuffix(NOISY),
+            number(r["prefill"], "ms", ".2f"),
+            f"{number(r[best], 'ms', '.2f')} ({best})" if best else "-",
+            number(r["prefill"], "vs_best", ".2f"),
+            number(r.get("dense"), "vs_best", ".2f"),
+            f"{r['prefill']['peak_extra_bytes'] / 2**20:.0f} MiB",
+        ]
+        cells.append([shape["dtype"], str(shape["length"]), *made])
+    return markdown(head, cells)
+
+
+def long_gpu(report: dict) -> list[str]:
+    """Verb by verb; TFLOP/s over computed blocks, and of the same run's GEMM; bandwidth."""
+    head = ["dtype", "tokens", "row", "ms", "density", "TFLOP/s", "of gemm", "of mma.sync"]
+    head += ["GB/s", "of copy", "x best dense"]
+    cells = []
+    for shape in report["shapes"]:
+        for row in shape["rows"]:
+            made = [
+                number(row, "ms", ".3f"),
+                number(row, "density", ".2f").removesuffix(NOISY),
+                number(row, "gflops", ".0f", 1e-3),
+                number(row, "of_peak", ".2f"),
+                number(row, "of_mma", ".2f"),
+                number(row, "gbytes_per_s", ".0f"),
+                number(row, "of_copy", ".2f"),
+                number(row, "vs_best", ".2f"),
+            ]
+            cells.append([shape["dtype"], str(shape["length"]), row["row"], *made])
     return markdown(head, cells)
 
 
@@ -85,9 +147,9 @@ def markdown(head: list[str], rows: list[list[str]]) -> list[str]:
     return ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
 
 
-def section(table, up: str) -> str:
+def section(found: list[dict], table, up: str) -> str:
     parts = []
-    for report in reports():
+    for report in found:
         parts += [origin(report).format(up=up), "", *table(report), ""]
     return "\n".join(parts).rstrip()
 
@@ -96,8 +158,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument("--write", action="store_true", help="into README.md and docs")
     args = parser.parse_args()
-    pages = {"README.md": section(short, ""), "docs/cpu-kernel.md": section(long, "../")}
+    found = reports()
+    gpu = [report for report in found if on_gpu(report)]
+    cpu = [report for report in found if not on_gpu(report)]
+    pages = {"README.md": section(found, short, "")}
+    pages["docs/cpu-kernel.md"] = section(cpu, long, "../")
+    pages["docs/cuda.md"] = section(gpu, long_gpu, "../")
     for name, text in pages.items():
+        if not text:
+            continue
         if not args.write:
             print(f"{name}\n\n{text}\n")
             continue

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""python -m benchmarks.score: importance of every key (csrc/cpu/score.c)."""
+"""python -m benchmarks.score: importance of every key (csrc/{cpu,cuda}/score.*)."""
 
 import sys
 
@@ -8,7 +8,7 @@ from benchmarks.harness import Row
 
 
 def rows(work) -> list[Row]:
-    return [Row("score", work.score)]
+    return [Row("score", work.score, bytes=work.score_bytes())]
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""python -m benchmarks.select: pool, score blocks, choose (csrc/cpu/select.c)."""
+"""python -m benchmarks.select: pool, score blocks, choose (csrc/{cpu,cuda}/select.*)."""
 
 import sys
 
@@ -8,7 +8,7 @@ from benchmarks.harness import Row
 
 
 def rows(work) -> list[Row]:
-    return [Row("select", work.select, density=work.density)]
+    return [Row("select", work.select, density=work.density, bytes=work.select_bytes())]
 
 
 if __name__ == "__main__":

@@ -3,30 +3,40 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import torch
+
 import pbs_attn
 from benchmarks import inputs
 from pbs_attn import PBSConfig, ops
 from pbs_attn import geometry as geo
+from pbs_attn.selection import mask_to_bits
 
 
 class Work:
-    """q, k, v (1, H, N, D) and, of the configuration, score, order, packed K/V and selection."""
+    """q, k, v (1, H, N, D) and, of the configuration, score, order, packed K/V and selection.
 
-    def __init__(self, shape: inputs.Shape, args):
+    seqlen_q: a chunk, the last rows of the prompt; None = the whole prompt."""
+
+    def __init__(self, shape: inputs.Shape, args, device, seqlen_q: int | None = None):
+        self.args, self.device, self.failures = args, device, {}
         self.config = PBSConfig(
             block_size=args.block_size, segment_size=args.segment_size, tau=args.tau
         )
         if args.capture:
             from benchmarks.capture import capture
 
-            self.q, self.k, self.v = capture(args.capture, shape.length, shape.dtype)
-            shape = inputs.Shape(
-                self.q.shape[2], self.q.shape[1], self.k.shape[1], self.q.shape[3], shape.dtype
-            )
+            q, k, v = capture(args.capture, shape.length, shape.dtype, device.torch_device)
+            n, heads, heads_k = q.shape[2], q.shape[1], k.shape[1]
+            shape = inputs.Shape(n, heads, heads_k, q.shape[3], shape.dtype)
         else:
-            self.q, self.k, self.v = inputs.structured(shape)
-        self.shape = shape
-        self.isa = pbs_attn.build_info()["isa"][str(shape.dtype).removeprefix("torch.")]
+            q, k, v = inputs.make(args.inputs, shape, device.torch_device)
+        self.shape = dataclasses.replace(shape, length=k.shape[2])
+        self.seqlen_q = seqlen_q or shape.length
+        self.q, self.k, self.v = q[:, :, shape.length - self.seqlen_q :].contiguous(), k, v
+        del q
+        self.isa = self._isa()
         self.sizes = {
             "block_size": self.config.block_size,
             "segment_size": self.config.segment_size,
@@ -34,14 +44,21 @@ class Work:
         self.s = self.score()
         self.k_perm, _, self.k_pool, _, self.packed = self.permute()
         self.bits, self.count, _ = self.select()
-        blocks = self._blocks("segment")
+        blocks = self.blocks()
         selected, computed, causal = geo.selected_blocks(self.count, blocks)
         self.causal = int(causal.sum()) * shape.heads
         self.computed, self.density = int(computed.sum()), int(selected.sum()) / self.causal
+        # one per query block and head: half of what a diagonal block computes is masked
+        self.diagonal = self.count.numel()
 
-    def _blocks(self, own: str):
-        n, size = self.shape.length, self.config.block_size
-        seqs = geo.sequences(geo.Geometry(), 1, n, n, self.q.device)
+    def _isa(self) -> str:
+        if self.device.kind == "cuda":
+            return "sm80"
+        return pbs_attn.build_info()["isa"][str(self.shape.dtype).removeprefix("torch.")]
+
+    def blocks(self, own: str = "segment"):
+        n, size = self.seqlen_q, self.config.block_size
+        seqs = geo.sequences(geo.Geometry(), 1, n, self.shape.length, self.q.device)
         return geo.blocks(seqs, -(-n // size), size, size, self.config.segment_size, own)
 
     def score(self):
@@ -84,10 +101,29 @@ class Work:
 
     def forced(self, share: float):
         """(bits, blocks computed, density) of random history blocks at a density."""
-        from pbs_attn.selection import mask_to_bits
-
         size, segment = self.config.block_size, self.config.segment_size
-        keep = inputs.mask_of_density(self.shape, share, size, segment)
+        keep = inputs.mask_of_density(self.shape, share, size, segment, self.device.torch_device)
         count = keep.sum(-1)
-        selected, computed, _ = geo.selected_blocks(count, self._blocks("segment"))
-        return mask_to_bits(keep), int(computed.sum()), int(selected.sum()) / self.causal
+        selected, computed, _ = geo.selected_blocks(count, self.blocks())
+        # head by head: the conversion takes 8 bytes a block
+        bits = torch.cat([mask_to_bits(head) for head in keep.split(1, 1)], 1)
+        return bits, int(computed.sum()), int(selected.sum()) / self.causal
+
+    # Bytes that a verb cannot avoid: every input read once, every output written once. What it
+    # reads again comes on top, so GB/s made of these is a lower bound of the traffic.
+    def score_bytes(self) -> int:
+        block = self.q[:, :, -self.config.block_size :]
+        return nbytes(block, self.k, self.s)
+
+    def permute_bytes(self) -> int:
+        return nbytes(self.k, self.v, self.s, self.packed, self.k_perm, self.k_pool)
+
+    def select_bytes(self) -> int:
+        return nbytes(self.q, self.k_pool, self.bits, self.count)
+
+    def copy_bytes(self) -> int:
+        return 2 * nbytes(self.k, self.v)
+
+
+def nbytes(*tensors) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From samples to numbers, and to the table on the screen."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import asdict
+
+from benchmarks.inputs import Shape
+
+
+def flop(shape: Shape, block: int, blocks: float) -> float:
+    return 4.0 * block * block * shape.head_dim * blocks  # two products of B x B x D
+
+
+def summarise(row, samples: list, shape: Shape, block: int) -> dict:
+    """Medians over unflagged samples (over all, and said so, when fewer than three are)."""
+    clean = [s for s in samples if not s.flagged]
+    enough = len(clean) >= min(3, len(samples))
+    used = clean if enough else samples
+    work = flop(shape, block, row.blocks)
+    times = sorted(s.ms for s in used)
+    ms = statistics.median(times)
+
+    def of(unit_of, amount: float):
+        """Median over the samples of amount / time / the probes around it."""
+        rates = [(amount / (s.ms * 1e6), unit_of(s)) for s in used]
+        shares = [rate / (sum(pair) / 2) for rate, pair in rates if pair]
+        return statistics.median(shares) if shares else None
+
+    result = {
+        "row": row.name,
+        "ms": ms,
+        "ms_p10": times[int(0.1 * (len(times) - 1))],
+        "ms_p90": times[-1 - int(0.1 * (len(times) - 1))],
+        "density": row.density,
+        "blocks": row.blocks or None,
+        "gflops": work / (ms * 1e6) if row.blocks else None,
+        "of_peak": of(lambda s: s.probe, work) if row.blocks else None,
+        "used": len(used),
+        "flagged": len(samples) - len(clean),
+        "flagged_used": not enough,
+    }
+    if samples[0].probes:  # a GPU
+        useful = flop(shape, block, row.blocks - row.diagonal / 2)
+        result |= {
+            "useful_gflops": useful / (ms * 1e6) if row.blocks else None,
+            "of_mma": of(lambda s: s.probes.get("mma"), work) if row.blocks else None,
+            "bytes": row.bytes or None,
+            "gbytes_per_s": row.bytes / (ms * 1e6) if row.bytes else None,
+            "of_copy": of(lambda s: s.probes["copy"], row.bytes) if row.bytes else None,
+            "dense": row.dense,
+            # launching takes longer than running: what was timed is the CPU's doing
+            "launch_bound": statistics.median(s.host_ms for s in used) > ms,
+        }
+    result["samples"] = [
+        {name: value for name, value in asdict(s).items() if value is not None} for s in samples
+    ]
+    return {**result, **row.extra}
+
+
+def compare(results: list[dict], baseline: str, label: str = "") -> None:
+    """Adds `vs_<label or baseline>`: median of the per-round ratios, so drift cancels."""
+    base = next((r for r in results if r["row"] == baseline), None)
+    if base is None:
+        return
+    for result in results:
+        if not result["blocks"]:  # part of a call: nothing to compare a whole one with
+            continue
+        pairs = list(zip(base["samples"], result["samples"], strict=False))
+        # probes of a flagged sample moved while it ran: such a round compares nothing
+        clean = [(b, r) for b, r in pairs if not (b["flagged"] or r["flagged"])]
+        ratios = [b["ms"] / r["ms"] for b, r in (clean if len(clean) >= 3 else pairs)]
+        if ratios:
+            result[f"vs_{label or baseline}"] = statistics.median(ratios)
+
+
+def best_dense(results: list[dict]) -> str | None:
+    """Name of the fastest dense row."""
+    return min((r for r in results if r.get("dense")), key=lambda r: r["ms"], default={}).get("row")
+
+
+def _cell(value, width: int, form: str, scale: float = 1.0) -> str:
+    return f"{'-':>{width}}" if value is None else f"{value * scale:>{width}{form}}"
+
+
+def _flagged(r: dict) -> str:
+    text = f"{r['flagged']}/{len(r['samples'])}" + (" used" if r["flagged_used"] else "")
+    return text + (" launch" if r.get("launch_bound") else "")
+
+
+def _times(r: dict) -> str:
+    times = "".join(f"{r[key]:>9.2f}" for key in ("ms", "ms_p10", "ms_p90"))
+    return f"  {r['row']:<13}{times}{_cell(r['density'], 9, '.3f')}{_cell(r['blocks'], 9, '.0f')}"
+
+
+HEAD = f"  {'row':<13}{'ms':>9}{'p10':>9}{'p90':>9}{'density':>9}{'blocks':>9}"
+
+
+def cpu_table(title: str, probes: dict[str, float], results: list[dict]) -> str:
+    ((unit, rate),) = probes.items()
+    lines = [f"{title}, {unit} {rate:.0f} GFLOP/s"]
+    lines.append(HEAD + f"{'GFLOP/s':>9}{'of peak':>9}{'x sdpa':>8}{'x dense':>8}  flagged")
+    for r in results:
+        lines.append(
+            _times(r)
+            + _cell(r["gflops"], 9, ".0f")
+            + _cell(r["of_peak"], 9, ".2f")
+            + _cell(r.get("vs_sdpa"), 8, ".2f")
+            + _cell(r.get("vs_dense"), 8, ".2f")
+            + f"  {_flagged(r)}"
+        )
+    return "\n".join([*lines, *memory_lines(results)])
+
+
+def gpu_table(
+    title: str, probes: dict[str, float], results: list[dict], best: str | None, failures: dict
+) -> str:
+    def peak(unit: str) -> str:
+        rate = probes[unit]
+        return f"{unit} {rate:.0f} GB/s" if unit == "copy" else f"{unit} {rate / 1e3:.0f} TFLOP/s"
+
+    lines = [f"{title}, {', '.join(map(peak, probes))}; best dense: {best or 'none'}"]
+    head = f"{'TFLOP/s':>9}{'useful':>8}{'of gemm':>9}{'of mma':>8}{'GB/s':>8}{'of copy':>9}"
+    lines.append(HEAD + head + f"{'x best':>8}{'x dense':>9}  flagged")
+    for r in results:
+        lines.append(
+            _times(r)
+            + _cell(r["gflops"], 9, ".1f", 1e-3)
+            + _cell(r["useful_gflops"], 8, ".1f", 1e-3)
+            + _cell(r["of_peak"] if r["blocks"] else None, 9, ".2f")
+            + _cell(r["of_mma"], 8, ".2f")
+            + _cell(r["gbytes_per_s"], 8, ".0f")
+            + _cell(r["of_copy"], 9, ".2f")
+            + _cell(r.get("vs_best"), 8, ".2f")
+            + _cell(r.get("vs_dense"), 9, ".2f")
+            + f"  {_flagged(r)}"
+        )
+    lines += [f"  not run: {name}: {why}" for name, why in failures.items()]
+    return "\n".join([*lines, *memory_lines(results)])
+
+
+def memory_lines(results: list[dict]) -> list[str]:
+    return [
+        f"  {r['row']}: peak extra memory {r['peak_extra_bytes'] / 2**20:.2f} MiB measured, "
+        f"workspace_size {r['workspace_size'] / 2**20:.2f} MiB"
+        for r in results
+        if "workspace_size" in r
+    ]
