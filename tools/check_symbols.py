@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prove what a built library needs and offers: `python tools/check_symbols.py pbs_attn/_C.abi3.so`.
+"""Prove what a built library needs and offers: `python tools/check_symbols.py pbs_attn/_C*.so`.
 
 Imports may come from LibTorch (only what torch 2.10 offers), from CPython (only the limited API of
 3.10) and from the C and C++ runtime (versioned names). Exports are PyInit__C and pbs_*. A library
 that passes runs on any torch >= 2.10 and any CPython >= 3.10. Symbol lists: tools/symbols/.
+
+The CUDA library may need libtorch_cuda.so, and one function of it. Its CUDA runtime is inside.
 """
 
 import argparse
@@ -15,9 +17,8 @@ from pathlib import Path
 SYMBOLS = Path(__file__).parent / "symbols"
 # Weak hooks that the linker's start files name in every library.
 START_FILES = {"_ITM_deregisterTMCloneTable", "_ITM_registerTMCloneTable", "__gmon_start__"}
-NEEDED = re.compile(
-    r"(libtorch_cpu|libstdc\+\+|libc\+\+|libm|libgcc_s|libc|libpthread|ld-linux.*)\.so"
-)
+SYSTEM = r"(libstdc\+\+|libc\+\+|libm|libgcc_s|libc|libdl|librt|libpthread|ld-linux.*)\.so"
+CUDA_ONLY = {"aoti_torch_get_current_cuda_stream"}  # what only libtorch_cuda.so has
 
 
 def read_list(name):
@@ -37,13 +38,20 @@ def dynamic_symbols(library, which):
     return {line.split()[-1] for line in lines if line.strip()}
 
 
-def check_imports(names, torch_names, python_names):
+def module_name(library):
+    """'_C' or '_C_cuda', from the name of the file."""
+    return Path(library).name.partition(".")[0]
+
+
+def check_imports(names, torch_names, python_names, module="_C"):
     """One line for every imported name that is not allowed."""
+    if module != "_C_cuda":
+        torch_names = torch_names - CUDA_ONLY
     errors = []
     for name in sorted(names):
         if re.match(r"(aoti_)?torch_", name):
             if name not in torch_names:
-                errors.append(f"imports {name}, which torch 2.10 does not offer")
+                errors.append(f"imports {name}, which torch 2.10 does not offer to {module}")
         elif re.match(r"_?Py", name):
             if name not in python_names:
                 errors.append(f"imports {name}, which is not in the limited API of CPython 3.10")
@@ -52,21 +60,34 @@ def check_imports(names, torch_names, python_names):
     return errors
 
 
+def check_exports(names, module):
+    init = f"PyInit_{module}"
+    errors = [
+        f"exports {name}; only {init} and pbs_* may be seen"
+        for name in sorted(names)
+        if name != init and not name.startswith("pbs_")
+    ]
+    return errors + ([] if init in names else [f"does not export {init}"])
+
+
+def check_needed(names, module):
+    """names: the libraries of DT_NEEDED."""
+    torch = ["libtorch_cpu.so", *(["libtorch_cuda.so"] if module == "_C_cuda" else [])]
+    errors = [
+        f"does not need {lib}: it would not find LibTorch" for lib in torch if lib not in names
+    ]
+    allowed = {*torch, *(name for name in names if re.match(SYSTEM, name))}
+    return errors + [f"needs {name}" for name in names if name not in allowed]
+
+
 def check_library(library):
+    module = module_name(library)
     imports = dynamic_symbols(library, "--undefined-only")
     exports = {name.partition("@")[0] for name in dynamic_symbols(library, "--defined-only")}
-    errors = check_imports(imports, read_list("torch_2_10.txt"), read_list("python_3_10.txt"))
-    errors += [
-        f"exports {name}; only PyInit__C and pbs_* may be seen"
-        for name in sorted(exports)
-        if name != "PyInit__C" and not name.startswith("pbs_")
-    ]
-    if "PyInit__C" not in exports:
-        errors.append("does not export PyInit__C")
     needed = re.findall(r"\(NEEDED\).*\[(.+)\]", run("readelf", "--dynamic", "-W", str(library)))
-    if not any(name.startswith("libtorch_cpu.so") for name in needed):
-        errors.append("does not need libtorch_cpu.so: it would not find LibTorch")
-    errors += [f"needs {name}" for name in needed if not NEEDED.match(name)]
+    offered = read_list("torch_2_10.txt"), read_list("python_3_10.txt")
+    errors = check_imports(imports, *offered, module)
+    errors += check_exports(exports, module) + check_needed(needed, module)
     return errors, len(imports), len(exports)
 
 
