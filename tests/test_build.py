@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The build's own promises: what the library needs, what the module says, what errors look like."""
 
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -10,33 +9,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from build_files import (
+    CUDA_LIBRARY,
+    ROOT,
+    compiling,
+    copy_package,
+    load_file,
+    symbols,
+    torch_headers,
+)
 
 from pbs_attn import _load
 
-ROOT = Path(__file__).resolve().parent.parent
 C = _load.load()
 OPS = torch.ops.pbs_attn
 WHOLE = (None, None, None, None, 0, 0)  # geometry: whole tensors
 DTYPES = ("float32", "float16", "bfloat16")
-
-
-def load_file(path):
-    """A module that is no part of the package."""
-    sys.path.insert(0, str(path.parent))
-    try:
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[path.stem] = module
-        spec.loader.exec_module(module)
-        return module
-    finally:
-        sys.path.remove(str(path.parent))
-
-
-symbols = load_file(ROOT / "tools" / "check_symbols.py")
-torch_headers = load_file(ROOT / "build_tools" / "torch_headers.py")
-compiling = load_file(ROOT / "build_tools" / "compiling.py")
-cuda = load_file(ROOT / "build_tools" / "cuda.py")
 
 
 # ---- pbs_attn._C ---------------------------------------------------------------------------------
@@ -49,17 +37,20 @@ def test_module_is_a_limited_api_extension():
 def test_build_info_says_what_was_built():
     info = C.build_info()
     assert info["torch_headers"].startswith("2.")
-    assert info["no_cuda"]
     assert "compiler" in info
+    assert (info["no_cuda"] is None) == CUDA_LIBRARY.is_file()
     libraries = _load.libraries()
-    assert libraries["cpu"]["file"] == C.__file__
-    assert libraries["cuda"] == {"file": None, "reason": info["no_cuda"]}
+    assert libraries["cpu"] == {"file": C.__file__, "reason": None}
+    assert (libraries["cuda"]["file"] is None) == isinstance(libraries["cuda"]["reason"], str)
+    if not torch.version.cuda:
+        assert libraries["cuda"]["file"] is None
 
 
 def test_cpu_capabilities():
     capabilities = C.cpu_capabilities()
     assert capabilities["c"] is True
     assert all(isinstance(value, bool) for value in capabilities.values())
+    assert "sm80" not in capabilities
     for dtype in DTYPES:
         assert capabilities[C.isa(dtype)]
 
@@ -220,12 +211,6 @@ def test_one_library_for_every_python(tmp_path, version, python):
     assert done.stdout.startswith(f"{C.abi_version()} {C.isa()} ")
 
 
-def copy_package(folder):
-    """pbs_attn without its library."""
-    ignore = shutil.ignore_patterns("*.so", "__pycache__")
-    return Path(shutil.copytree(ROOT / "pbs_attn", folder / "pbs_attn", ignore=ignore))
-
-
 def test_missing_library_names_the_cure(tmp_path):
     copy_package(tmp_path)
     done = run_in(tmp_path, "import pbs_attn")
@@ -299,32 +284,3 @@ def test_bad_max_jobs(monkeypatch, value):
     monkeypatch.setenv("MAX_JOBS", value)
     with pytest.raises(compiling.BuildError, match="MAX_JOBS"):
         compiling.max_jobs()
-
-
-@pytest.fixture
-def no_cuda_variables(monkeypatch, tmp_path):
-    for name in ("PBS_BUILD_CUDA", "PBS_CUDA_HOME", "CUDA_HOME", "CUDA_PATH"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("PBS_CUDA_HOME", str(tmp_path))
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "nvcc").touch()
-
-
-@pytest.mark.usefixtures("no_cuda_variables")
-def test_reason_for_a_cpu_only_build(monkeypatch, tmp_path):
-    assert "no CUDA kernels" in cuda.reason_for_cpu_only(tmp_path)
-    monkeypatch.setenv("PBS_BUILD_CUDA", "0")
-    assert cuda.reason_for_cpu_only(tmp_path) == "PBS_BUILD_CUDA=0"
-    monkeypatch.setenv("PBS_BUILD_CUDA", "1")
-    with pytest.raises(SystemExit, match="no CUDA kernels"):
-        cuda.reason_for_cpu_only(tmp_path)
-    monkeypatch.setenv("PBS_BUILD_CUDA", "yes")
-    with pytest.raises(SystemExit, match="'yes': one of auto, 0, 1"):
-        cuda.reason_for_cpu_only(tmp_path)
-
-
-@pytest.mark.usefixtures("no_cuda_variables")
-def test_cuda_home_without_nvcc_is_an_error(monkeypatch, tmp_path):
-    monkeypatch.setenv("PBS_CUDA_HOME", str(tmp_path / "nowhere"))
-    with pytest.raises(SystemExit, match="nowhere"):
-        cuda.reason_for_cpu_only(tmp_path)
