@@ -16,18 +16,19 @@ constexpr size_t PAGE = 4096;
 /* Shared memory starts and ends on such a boundary; the end touches an inaccessible page. */
 constexpr size_t ALIGNMENT = 1024;
 constexpr size_t ROOM = (MAX_SHARED + PAGE - 1) / PAGE * PAGE;
+constexpr size_t GUARD = 64 << 10; /* inaccessible, on either side */
 
 namespace {
 
 struct shared_map {
-    unsigned char *base; /* page | ROOM | page */
+    unsigned char *base; /* GUARD | ROOM | GUARD */
     size_t bytes;
 };
 
 struct shared_pool {
     std::vector<shared_map> maps;
     ~shared_pool() {
-        for (shared_map &map : maps) munmap(map.base, ROOM + 2 * PAGE);
+        for (shared_map &map : maps) munmap(map.base, ROOM + 2 * GUARD);
     }
 };
 
@@ -39,16 +40,16 @@ size_t rounded(size_t bytes) { return (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIG
 
 unsigned char *map_shared(int index, size_t bytes) {
     while (pool.maps.size() <= static_cast<size_t>(index)) {
-        void *at = mmap(nullptr, ROOM + 2 * PAGE, PROT_NONE,
+        void *at = mmap(nullptr, ROOM + 2 * GUARD, PROT_NONE,
                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
         if (at == MAP_FAILED) throw std::bad_alloc();
         pool.maps.push_back({static_cast<unsigned char *>(at), SIZE_MAX});
     }
     shared_map &map = pool.maps[static_cast<size_t>(index)];
-    unsigned char *end = map.base + PAGE + ROOM;
+    unsigned char *end = map.base + GUARD + ROOM;
     if (map.bytes != bytes) {
         const size_t pages = (rounded(bytes) + PAGE - 1) / PAGE * PAGE;
-        mprotect(map.base, ROOM + PAGE, PROT_NONE);
+        mprotect(map.base, GUARD + ROOM, PROT_NONE);
         mprotect(end - pages, pages, PROT_READ | PROT_WRITE);
         map.bytes = bytes;
     }

@@ -76,34 +76,43 @@ struct mma_args {
     uint32_t b[2];
 };
 
-/* Words hold pairs along k; p = k / 2. */
+/* Four floats that the compiler keeps in one register. */
+typedef float float_x4 __attribute__((vector_size(16), may_alias));
+
+/* Both halves of each word; `low` and `high` are [count]. */
+template <float (*to_float)(uint16_t)>
+void split(const uint32_t *words, int count, float *low, float *high) {
+    for (int i = 0; i < count; i++) {
+        low[i] = to_float(static_cast<uint16_t>(words[i]));
+        high[i] = to_float(static_cast<uint16_t>(words[i] >> 16));
+    }
+}
+
+/* Words hold pairs along k: k = 2 p + half. The sum runs over k upwards, in fp32. */
 template <float (*to_float)(uint16_t)> void compute_mma(void *const *args, uint32_t, const warp &) {
-    uint32_t a[16][8], b[8][8]; /* [row][p], [p][column] */
+    alignas(16) uint32_t a[16][8], b[8][8]; /* [row][p], [p][column] */
+    alignas(16) float c[16][8], a_half[2][16][8], b_half[2][8][8];
     for (int lane = 0; lane < LANES; lane++) {
         const mma_args &x = *static_cast<mma_args *>(args[lane]);
         const int g = lane / 4, q = lane % 4;
         for (int i = 0; i < 4; i++) a[g + i % 2 * 8][q + i / 2 * 4] = x.a[i];
         for (int i = 0; i < 2; i++) b[q + 4 * i][g] = x.b[i];
+        for (int i = 0; i < 2; i++) memcpy(&c[g + 8 * i][2 * q], x.c + 2 * i, 8);
     }
-    float af[16][8][2], bf[8][2][8], c[16][8];
-    for (int i = 0; i < 16; i++)
+    split<to_float>(a[0], 128, a_half[0][0], a_half[1][0]);
+    split<to_float>(b[0], 64, b_half[0][0], b_half[1][0]);
+    for (int i = 0; i < 16; i++) {
+        float_x4 *sum = reinterpret_cast<float_x4 *>(c[i]);
         for (int p = 0; p < 8; p++)
-            for (int half = 0; half < 2; half++)
-                af[i][p][half] = to_float(static_cast<uint16_t>(a[i][p] >> 16 * half));
-    for (int p = 0; p < 8; p++)
-        for (int half = 0; half < 2; half++)
-            for (int n = 0; n < 8; n++)
-                bf[p][half][n] = to_float(static_cast<uint16_t>(b[p][n] >> 16 * half));
-    for (int lane = 0; lane < LANES; lane++) {
-        const float *x = static_cast<mma_args *>(args[lane])->c;
-        for (int i = 0; i < 4; i++) c[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2] = x[i];
+            for (int half = 0; half < 2; half++) {
+                const float_x4 *column = reinterpret_cast<float_x4 *>(b_half[half][p]);
+                sum[0] += a_half[half][i][p] * column[0];
+                sum[1] += a_half[half][i][p] * column[1];
+            }
     }
-    for (int i = 0; i < 16; i++)
-        for (int k = 0; k < 16; k++)
-            for (int n = 0; n < 8; n++) c[i][n] += af[i][k / 2][k % 2] * bf[k / 2][k % 2][n];
     for (int lane = 0; lane < LANES; lane++) {
         float *x = static_cast<mma_args *>(args[lane])->c;
-        for (int i = 0; i < 4; i++) x[i] = c[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
+        for (int i = 0; i < 2; i++) memcpy(x + 2 * i, &c[lane / 4 + 8 * i][lane % 4 * 2], 8);
     }
 }
 

@@ -21,8 +21,8 @@ static void close_meeting(warp &w, meeting &m) {
     const collective &what = *m.what;
     m = w.open[--w.meetings];
     what.compute(w.args, arrived, w);
-    for (uint32_t left = arrived; left; left &= left - 1)
-        make_ready(w.threads[__builtin_ctz(left)]);
+    if (arrived) make_ready(w.threads[__builtin_ctz(arrived)]);
+    w.ready |= arrived;
 }
 
 [[noreturn]] static void diverged(const warp &w, const meeting &m, const collective &what,
