@@ -10,7 +10,7 @@ from numerics import assert_close, assert_k_perm
 from pbs_attn import ops, reference
 
 
-def check(q, k, v, case=None, mode="keys", gqa="per_head", isa="auto", **cut):
+def check(q, k, v, case=None, mode="keys", gqa="per_head", isa="auto", *, ops=ops, **cut):
     cut = {"block_size": 128, "segment_size": 256} | cut
     geometry = geometry_of(case)
     score = None
