@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Building the CUDA library: what nvcc is told, what is kept of what it says, what is refused."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -8,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from build_files import CUDA_LIBRARY, ROOT, compiling, copy_package, cuda, resources, symbols
 
 FAKE_NVCC = """#!/bin/sh
@@ -153,6 +155,57 @@ def test_sources_of_the_cuda_library():
 def test_cuda_library_needs_only_what_the_floor_offers():
     errors, _, _ = symbols.check_library(CUDA_LIBRARY)
     assert errors == []
+
+
+LOAD = """
+import ctypes, json, sys, torch
+ctypes.CDLL(sys.argv[1], ctypes.RTLD_GLOBAL)
+from pbs_attn import _load
+import pbs_attn._C_cuda as cuda
+shape = dict(batch=1, num_heads=2, num_heads_k=1, seqlen_q=512, seqlen_k=512, head_dim=64,
+             block_size=128, segment_size=256, gqa=0, mode=2)
+try:
+    cuda.kv_packed_bytes(dtype="float32", **shape)
+except NotImplementedError as error:
+    refused = str(error)
+has = torch._C._dispatch_has_kernel_for_dispatch_key
+print(json.dumps({
+    "abi": cuda.abi_version() == _load.load().abi_version(),
+    "ops": [has("pbs_attn::" + op, "CUDA") for op in ("score", "permute", "select", "attend",
+                                                      "attend_out", "prefill", "prefill_out")],
+    "info": cuda.build_info(),
+    "refused": refused,
+    "far": [cuda.capability(4095), cuda.refuses(4095)],
+    "packed": cuda.kv_packed_bytes(dtype="bfloat16", **shape),
+    "workspace": cuda.prefill_workspace_size(dtype="bfloat16", num_threads=1, order=0, method=0,
+                                             stride=8, **shape),
+}))
+"""
+
+
+@pytest.mark.skipif(not CUDA_LIBRARY.is_file(), reason="the CUDA library was not built")
+@pytest.mark.skipif(bool(torch.version.cuda), reason="here torch loads it itself")
+def test_cuda_library_loads_and_answers_without_a_gpu(tmp_path):
+    """Over a torch without CUDA, and a library that has the one function which that lacks: every
+    other name is found, the ops are registered, and questions about sizes need no driver."""
+    function = "int aoti_torch_get_current_cuda_stream(int i, void **s) { return !i || !s; }\n"
+    (tmp_path / "stub.c").write_text(function)
+    stub = tmp_path / "libtorch_cuda.so"
+    cc = [os.environ.get("CC", "cc"), "-shared", "-fPIC", "-Wl,-soname,libtorch_cuda.so"]
+    subprocess.run([*cc, "-o", stub, tmp_path / "stub.c"], check=True)
+    argv = [sys.executable, "-c", LOAD, stub]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert answer["abi"] and all(answer["ops"])
+    info = answer["info"]
+    assert {"compiler", "flags", "torch_headers", "archs", "nvcc", "kernels"} == set(info)
+    assert {dtype for dtype, *_ in info["kernels"]} <= {"fp16", "bf16"}
+    assert all(size > 0 for _, *sizes in info["kernels"] for size in sizes)
+    assert "fp16 (2) and bf16 (3)" in answer["refused"]
+    assert answer["far"] == [0, "device: it cannot be asked for its compute capability"]
+    # K and V of two heads, permuted: 2 * 2 * 512 rows of 128 bytes, and a header.
+    assert 2 * 2 * 512 * 128 < answer["packed"] <= answer["workspace"]
 
 
 def test_symbol_check_knows_the_two_libraries():
