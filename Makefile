@@ -32,17 +32,18 @@ help: ## this list
 	@echo "Variables: PYTHON (interpreter for .venv), CC, CXX, MAX_JOBS, PBS_DEMO_TOKENS, DEMO_ARGS,"
 	@echo "  PYTEST_ARGS, and PBS_PIP_ARGS for pip: on a machine without an NVIDIA GPU, torch's CPU"
 	@echo "  index is used where it answers; PBS_PIP_ARGS=--no-input leaves the choice to pip."
+	@echo "  PBS_BUILD_CUDA=0 builds no CUDA library, PBS_CUDA_ARCHS=80 one for a single target: quick."
 
 demo: build $(VENV)/.demo ## a real model on a real text, dense and sparse side by side
 	$(OFFLINE) $(PY) -m pbs_attn run $(DEMO_ARGS)
 
-test: ## everything: format, C checks, build, symbols, pytest (with the examples), demo
+test: ## everything: format, C checks, build, kernels, symbols, pytest (with the examples), demo
 	@tools/phases lint check emu-check build cuda symbols emu unit tf457 demo-short
 
 test-long: build $(VENV)/.dev ## the tests that take minutes
 	$(OFFLINE) $(PY) -m pytest -m long $(PYTEST_ARGS)
 
-build: $(VENV)/.torch ## the extensions, in place; PBS_CUDA_ARCHS=80 or PBS_BUILD_CUDA=0 is quicker
+build: $(VENV)/.torch ## the extensions, in place; the CUDA one where there is nvcc
 	@$(PY) setup.py -q build_ext --inplace
 
 bench: build $(VENV)/.dev ## measure prefill; results go to benchmarks/results
