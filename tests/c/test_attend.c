@@ -206,7 +206,7 @@ static void test_geometry(void) {
     static const int32_t geometry[4][4] = {
         {5, 0, 60, 0}, {140, 0, 131, 190}, {3, 100, 0, 20}, {300, 90, 0, 155}};
     for (int own = 0; own < 5; own++) {
-        problem p = base(PBS_DTYPE_FP32, PBS_ISA_AUTO, 320);
+        problem p = base(widest_dtype(), PBS_ISA_AUTO, 320);
         p.batch = 4;
         p.seqlen_q = 191;
         p.has_geometry = 1;

@@ -1,0 +1,128 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * attend: order the query blocks by the length of their walks, then run the kernel that
+ * attend_instances.inc names for dtype, head_dim and block_q.
+ */
+#include "cuda.h"
+
+#include "attend_sm80.cuh"
+#include "launch.cuh"
+#include "order.cuh"
+
+namespace pbs {
+namespace {
+
+struct attend_run {
+    attend_args args;
+    order_args order;
+};
+
+/* All but the pointers into the workspace. */
+attend_args args_of(const pbs_attend_params *p, const pbs_dims *d) {
+    attend_args a = {};
+    a.dims = *d;
+    a.q = p->q;
+    a.k = p->k.view;
+    a.v = p->v.view;
+    a.out = p->out;
+    a.lse = p->lse;
+    a.bits = p->bits;
+    a.q_perm = p->q_perm;
+    a.softmax_scale_log2 = p->softmax_scale * LOG2_E;
+    a.heads_sel = p->heads_sel;
+    a.own = p->own;
+    const bool natural = p->own == PBS_OWN_MASK || p->own == PBS_OWN_ALL;
+    if (!p->packed || natural) return a;
+    const bool segments = p->own == PBS_OWN_SEGMENT || p->own == PBS_OWN_NONE;
+    a.packed = static_cast<const unsigned char *>(p->packed);
+    a.natural_call = packed_call(d, 0);
+    a.permuted = packed_layout_of(d, segments);
+    a.takes_permuted = segments && p->packed_bytes >= a.permuted.bytes;
+    return a;
+}
+
+size_t cut(attend_run *run, void *workspace) {
+    const pbs_dims &d = run->args.dims;
+    const int64_t heads = static_cast<int64_t>(d.batch) * d.heads_q;
+    const int64_t groups = (heads * d.blocks_q + ORDER_THREADS - 1) / ORDER_THREADS;
+    pbs_arena arena = pbs_arena_at(workspace);
+    run->order.order =
+        static_cast<int32_t *>(pbs_arena_take(&arena, heads, d.blocks_q, sizeof(int32_t)));
+    run->order.bucket =
+        static_cast<uint8_t *>(pbs_arena_take(&arena, heads, d.blocks_q, sizeof(uint8_t)));
+    run->order.count =
+        static_cast<int32_t *>(pbs_arena_take(&arena, groups, ORDER_BUCKETS, sizeof(int32_t)));
+    run->args.order = run->order.order;
+    return pbs_arena_bytes(&arena);
+}
+
+template <int D, int M, int N, int W, int BLOCKS> struct shape {
+    static constexpr int HEAD_DIM = D, BLOCK_M = M, BLOCK_N = N, WARPS = W, BLOCKS_PER_SM = BLOCKS;
+};
+
+template <class T, class S> pbs_status launch_attend(const pbs_exec &exec, const attend_run &run) {
+    const int64_t parts = run.args.dims.block_q / S::BLOCK_M;
+    return PBS_LAUNCH(exec, (attend_kernel<T, S>), run.order.items * parts,
+                      attend_shape<S>::THREADS, sizeof(attend_plan<S>), run.args);
+}
+
+pbs_status launch_instance(const pbs_exec &exec, const attend_run &run) {
+    const pbs_dims &d = run.args.dims;
+#define INSTANCE(dtype_, T, D, M, N, WARPS, BLOCKS)                 \
+    if (d.dtype == dtype_ && d.head_dim <= D && d.block_q % M == 0) \
+        return launch_attend<T, shape<D, M, N, WARPS, BLOCKS>>(exec, run);
+#include "attend_instances.inc"
+#undef INSTANCE
+    return pbs_fail(PBS_ERR_UNSUPPORTED,
+                    "dtype %d, head_dim %d: attend on CUDA takes fp16 (2) and bf16 (3) up to %d",
+                    static_cast<int>(d.dtype), d.head_dim, PBS_MAX_HEAD_DIM);
+}
+
+pbs_status check(const pbs_attend_params *p) {
+    PBS_TRY(pbs_cuda_check_aligned("q", &p->q));
+    PBS_TRY(pbs_cuda_check_aligned("k", &p->k.view));
+    PBS_TRY(pbs_cuda_check_aligned("v", &p->v.view));
+    return pbs_cuda_check_aligned("out", &p->out);
+}
+
+} // namespace
+} // namespace pbs
+
+/* What the host can know: the device compares the fingerprint, and answers NaN to a wrong one. */
+pbs_status pbs_cuda_check_packed(const pbs_attend_params *p, const pbs_dims *d,
+                                 const void *kernels) {
+    (void)kernels;
+    if (!p->packed) return PBS_OK;
+    if (reinterpret_cast<uintptr_t>(p->packed) % PBS_ARENA_ALIGN)
+        return pbs_fail(PBS_ERR_VALUE, "packed: %p; 64-byte alignment is needed", p->packed);
+    const size_t least = pbs::packed_layout_of(d, 0).bytes;
+    if (p->packed_bytes < least)
+        return pbs_fail(PBS_ERR_WORKSPACE, "packed_bytes: %zu; at least %zu are needed",
+                        p->packed_bytes, least);
+    return PBS_OK;
+}
+
+size_t pbs_cuda_attend_bytes(const pbs_attend_params *p, const pbs_dims *d, const void *kernels) {
+    (void)kernels;
+    pbs::attend_run run = {pbs::args_of(p, d), {}};
+    return pbs::cut(&run, nullptr);
+}
+
+pbs_status pbs_cuda_attend(const pbs_attend_params *p, const pbs_dims *d, const void *kernels) {
+    (void)kernels;
+    PBS_TRY(pbs::check(p));
+    const int64_t items = static_cast<int64_t>(d->batch) * d->heads_q * d->blocks_q;
+    if (items == 0) return PBS_OK;
+    if (items > INT32_MAX / 4) /* a query block is up to 4 blocks of the grid */
+        return pbs_fail(PBS_ERR_UNSUPPORTED, "%lld query blocks in one call; at most %d",
+                        static_cast<long long>(items), INT32_MAX / 4);
+    pbs::attend_run run = {pbs::args_of(p, d), {}};
+    pbs::cut(&run, p->workspace);
+    run.order.items = static_cast<int32_t>(items);
+    const int32_t groups = pbs::order_groups(run.order.items);
+    PBS_TRY(PBS_LAUNCH(p->exec, pbs::order_count, groups, pbs::ORDER_THREADS,
+                       sizeof(pbs::order_plan), run.args, run.order));
+    PBS_TRY(PBS_LAUNCH(p->exec, pbs::order_place, groups, pbs::ORDER_THREADS,
+                       sizeof(pbs::order_plan), run.order));
+    return pbs::launch_instance(p->exec, run);
+}
