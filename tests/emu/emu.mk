@@ -13,10 +13,12 @@ EMU_CXXFLAGS := -std=c++17 -ffp-contract=off -fPIC -g $(EMU_WARN) $(EMU_INCLUDE)
 EMU_CFLAGS := -std=c11 -ffp-contract=off -fPIC -g $(EMU_WARN) $(EMU_INCLUDE)
 # Fibers leave their stacks without returning, which the check for use after return cannot follow.
 EMU_SAN := -O1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer \
+	-fno-sanitize=integer-divide-by-zero \
 	-DEMU_TEST_THIN=4
 
 EMU_RUNTIME := $(filter-out tests/emu/test_%.cc,$(wildcard tests/emu/*.cc))
 EMU_TESTS := $(wildcard tests/emu/test_*.cc)
+EMU_VERBS := tests/emu/verbs.c $(addprefix tests/c/,harness.c brute.c test_score.c test_permute.c)
 EMU_LIBRARY := $(wildcard csrc/core/*.c csrc/cuda/*.c csrc/cuda/*.cu)
 
 emu_first = $(firstword $(foreach c,$1,$(shell command -v $(c) 2>/dev/null)))
@@ -53,10 +55,27 @@ emu-run-$1: build/emu-$1/emu_tests
 	@ASAN_OPTIONS=detect_stack_use_after_return=0 build/emu-$1/emu_tests $$(EMU_ARGS)
 endef
 
+# emu_verbs FOLDER, C++ COMPILER, FLAGS: the C tests of the verbs over the emulated backend.
+define emu_verbs
+$1/emu_verbs: $(call emu_objects,$1,$(EMU_RUNTIME) $(EMU_LIBRARY) $(EMU_VERBS))
+	$2 $3 $$^ -lpthread -lm -o $$@
+endef
+
 $(eval $(call emu_tests,gcc,$(EMU_GXX),gcc,-O2 -Werror))
 $(eval $(call emu_tests,clang,$(EMU_CLANGXX),clang,-O2 -DEMU_TEST_THIN=4))
 $(eval $(call emu_tests,san,$(or $(EMU_GXX),$(EMU_CLANGXX)),gcc,$(EMU_SAN)))
 $(eval $(call emu_build,build/emu,$(or $(EMU_GXX),$(EMU_CLANGXX)),cc,-O2))
+$(eval $(call emu_verbs,build/emu,$(or $(EMU_GXX),$(EMU_CLANGXX))))
+$(eval $(call emu_verbs,build/emu-san,$(or $(EMU_GXX),$(EMU_CLANGXX)),$(EMU_SAN)))
+
+# Objects of the library are those of `make emu`, so only the sanitizers compile it once more.
+emu-run-gcc: emu-verbs-run
+emu-run-san: emu-verbs-run-san
+.PHONY: emu-verbs-run emu-verbs-run-san
+emu-verbs-run: build/emu/emu_verbs
+	@build/emu/emu_verbs
+emu-verbs-run-san: build/emu-san/emu_verbs
+	@ASAN_OPTIONS=detect_stack_use_after_return=0 build/emu-san/emu_verbs
 
 # Everything of the emulated backend but the torch binding.
 EMU_OBJECTS := $(call emu_objects,build/emu,$(EMU_LIBRARY) $(EMU_RUNTIME))
