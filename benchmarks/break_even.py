@@ -130,5 +130,5 @@ def line(device, found: dict[str, tuple[int | None, int | None]]) -> str:
         return f"no length tried breaks even for {losers}: try longer --lengths"
     min_q, min_kv = (max(values) for values in zip(*found.values(), strict=True))
     return (
-        f"MIN_LENGTHS of pbs_attn/routing.py:\n    {device.family!r}: Lengths({min_q}, {min_kv}),"
+        f'MIN_LENGTHS of pbs_attn/routing.py:\n    "{device.family}": Lengths({min_q}, {min_kv}),'
     )

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+import pbs_attn.devices
 from benchmarks import machine
 from benchmarks.peak import UNIT_OF_ISA, Peak
 from benchmarks.peak.cuda import CudaPeak
@@ -36,9 +37,9 @@ def open_device(args):
         return Cpu(args)
     if not torch.cuda.is_available():
         raise SystemExit(f"--device {args.device}: torch {torch.__version__} sees no CUDA device")
-    lack = machine.no_cuda_library()
-    if lack:
-        raise SystemExit(f"--device {args.device}: no CUDA library: {lack}; --device cpu runs")
+    why = pbs_attn.devices.refusal(torch.device(args.device))
+    if why:
+        raise SystemExit(f"--device {args.device}: {why}; --device cpu runs")
     return Cuda(args)
 
 
@@ -100,7 +101,7 @@ class Cuda:
         self.torch_device = torch_device or torch.device(args.device)
         cuda.set_device(self.torch_device)
         self.properties = cuda.get_device_properties(self.torch_device)
-        self.family = "cuda"
+        self.family = pbs_attn.devices.family(self.torch_device)
         self.warmup_ms, self.probe_ms = args.warmup_ms, args.probe_ms
         self.peak = peak(self.torch_device, cuda)
         # Twice L2 each: whatever the cache keeps of it, no line of an input is left.
@@ -163,11 +164,13 @@ class Cuda:
         """Requested bytes, so without the allocator's rounding."""
         self.cuda.synchronize()
         self.cuda.reset_peak_memory_stats(self.torch_device)
-        before = self.cuda.memory_stats(self.torch_device)["requested_bytes.all.current"]
+        before = self._requested("current")
         result = call()
         self.cuda.synchronize()
-        peak = self.cuda.memory_stats(self.torch_device)["requested_bytes.all.peak"]
-        return peak - before - _held(result)
+        return self._requested("peak") - before - _held(result)
+
+    def _requested(self, when: str) -> int:
+        return self.cuda.memory_stats(self.torch_device).get(f"requested_bytes.all.{when}", 0)
 
 
 def _held(result) -> int:

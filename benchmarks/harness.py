@@ -217,7 +217,8 @@ def entry(work, dtype: str, rows: list[Row], taken: dict) -> dict:
         table.compare(results, "sdpa")
         unit = work.device.unit(rows[0], work.isa)
         probes = [p for r in results for s in r["samples"] for p in s["probe"]]
-        print(table.cpu_table(title, {unit: statistics.median(probes)}, results), flush=True)
+        rate = {unit: statistics.median(probes)}
+        print(table.cpu_table(title, rate, results, work.failures), flush=True)
         return about | {"unit": unit, "rows": results} | _failed(work)
     best = table.best_dense(results)
     if best:

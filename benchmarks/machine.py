@@ -85,15 +85,17 @@ SMI_FIELDS = (
 def nvidia_smi(properties, run=subprocess.run) -> dict:
     """{field: value now}, or {"unavailable": why}. Values the GPU does not give are left out."""
     command = ["nvidia-smi", f"--query-gpu={','.join(SMI_FIELDS)}", "--format=csv,noheader,nounits"]
-    uuid = str(getattr(properties, "uuid", ""))
-    if uuid:  # CUDA's index is not nvidia-smi's
-        command.append(f"--id={uuid if uuid.startswith(('GPU-', 'MIG-')) else 'GPU-' + uuid}")
-    try:
-        done = run(command, capture_output=True, text=True, timeout=20, check=False)
+    uuid = str(getattr(properties, "uuid", "")).removeprefix("GPU-")
+    try:  # by uuid, as CUDA's index is not nvidia-smi's; some containers know it by another
+        for which in ([f"--id=GPU-{uuid}"], []) if uuid else ([],):
+            done = run(command + which, capture_output=True, text=True, timeout=20, check=False)
+            if done.returncode == 0:
+                break
     except (OSError, subprocess.SubprocessError) as error:
         return {"unavailable": str(error)}
-    values = [value.strip() for value in done.stdout.strip().split("\n")[0].split(",")]
-    if done.returncode or len(values) != len(SMI_FIELDS):
+    lines = done.stdout.strip().split("\n")
+    values = [value.strip() for value in lines[0].split(",")]
+    if done.returncode or len(lines) > 1 or len(values) != len(SMI_FIELDS):
         return {"unavailable": (done.stderr or done.stdout).strip()[-200:] or "no output"}
     pairs = zip(SMI_FIELDS, values, strict=True)
     return {field: value for field, value in pairs if not value.startswith("[")}
@@ -112,14 +114,6 @@ def gpu_banner(properties, state: dict) -> dict:
         "cudnn": cudnn,
         "state": state,
     }
-
-
-def no_cuda_library() -> str | None:
-    """Why there are no CUDA kernels of ours here, or None."""
-    import pbs_attn
-
-    found = pbs_attn.build_info()["libraries"]["cuda"]
-    return None if found["file"] else str(found["reason"])
 
 
 def command() -> str:

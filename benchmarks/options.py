@@ -104,10 +104,10 @@ def parse(verb: str, arguments=None) -> argparse.Namespace:
         raise SystemExit(f"--device {args.device}: allowed are cpu, cuda, cuda:N")
     if args.device == "cuda":
         args.device = "cuda:0"
-    if args.quick:
-        vars(args).update(QUICK[kind])
     if getattr(args, "break_even", False) and args.lengths is None:
         args.lengths = LADDER[kind]
+    if args.quick:
+        vars(args).update(QUICK[kind] | ({"lengths": args.lengths} if args.lengths else {}))
     for name, value in DEFAULTS[kind].items():
         if getattr(args, name) is None:
             setattr(args, name, value)

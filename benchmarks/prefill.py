@@ -29,7 +29,8 @@ def call(work, extra=None) -> Row:
 
 def memory(work) -> dict:
     """Peak of live bytes that one call allocates, its results left out, beside workspace_size."""
-    said = pbs_attn.workspace_size(work.q.shape, work.k.shape, work.q.dtype, work.config)
+    q, k = work.q, work.k
+    said = pbs_attn.workspace_size(q.shape, k.shape, q.dtype, work.config, device=q.device)
     return {
         "peak_extra_bytes": work.device.peak_extra_bytes(work.prefill),
         "workspace_size": said,

@@ -97,7 +97,7 @@ def _times(r: dict) -> str:
 HEAD = f"  {'row':<13}{'ms':>9}{'p10':>9}{'p90':>9}{'density':>9}{'blocks':>9}"
 
 
-def cpu_table(title: str, probes: dict[str, float], results: list[dict]) -> str:
+def cpu_table(title: str, probes: dict[str, float], results: list[dict], failures: dict) -> str:
     ((unit, rate),) = probes.items()
     lines = [f"{title}, {unit} {rate:.0f} GFLOP/s"]
     lines.append(HEAD + f"{'GFLOP/s':>9}{'of peak':>9}{'x sdpa':>8}{'x dense':>8}  flagged")
@@ -110,7 +110,7 @@ def cpu_table(title: str, probes: dict[str, float], results: list[dict]) -> str:
             + _cell(r.get("vs_dense"), 8, ".2f")
             + f"  {_flagged(r)}"
         )
-    return "\n".join([*lines, *memory_lines(results)])
+    return "\n".join([*lines, *failure_lines(failures), *memory_lines(results)])
 
 
 def gpu_table(
@@ -136,8 +136,11 @@ def gpu_table(
             + _cell(r.get("vs_dense"), 9, ".2f")
             + f"  {_flagged(r)}"
         )
-    lines += [f"  not run: {name}: {why}" for name, why in failures.items()]
-    return "\n".join([*lines, *memory_lines(results)])
+    return "\n".join([*lines, *failure_lines(failures), *memory_lines(results)])
+
+
+def failure_lines(failures: dict) -> list[str]:
+    return [f"  not run: {name}: {why}" for name, why in failures.items()]
 
 
 def memory_lines(results: list[dict]) -> list[str]:

@@ -7,9 +7,8 @@ import dataclasses
 
 import torch
 
-import pbs_attn
 from benchmarks import inputs
-from pbs_attn import PBSConfig, ops
+from pbs_attn import PBSConfig, _load, ops
 from pbs_attn import geometry as geo
 from pbs_attn.selection import mask_to_bits
 
@@ -52,9 +51,9 @@ class Work:
         self.diagonal = self.count.numel()
 
     def _isa(self) -> str:
-        if self.device.kind == "cuda":
-            return "sm80"
-        return pbs_attn.build_info()["isa"][str(self.shape.dtype).removeprefix("torch.")]
+        """Which kernels a call takes. The CUDA library has one set, so it is not asked."""
+        ask = getattr(_load.of(self.q.device), "isa", None)
+        return ask(str(self.shape.dtype).removeprefix("torch.")) if ask else "sm80"
 
     def blocks(self, own: str = "segment"):
         n, size = self.seqlen_q, self.config.block_size

@@ -2,6 +2,7 @@
 """The benchmarks' arithmetic, and their GPU paths on CPU tensors under a fake torch.cuda."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -37,6 +38,7 @@ from pbs_attn.geometry import Geometry  # noqa: E402
 
 TINY = ["--lengths", "600", "--dtypes", "bf16", "--heads", "4", "--heads-k", "2"]
 TINY += ["--head-dim", "32", "--samples", "2", "--probe-ms", "0.1", "--warmup-ms", "0"]
+TINY += ["--threads", "1"]
 PROPERTIES = SimpleNamespace(
     name="NVIDIA H200",
     major=9,
@@ -475,6 +477,20 @@ def test_mma_peak_is_absent_with_its_reason(monkeypatch, tmp_path):
     assert loop is None and "absent.so" in why
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
+def test_mma_peak_is_built_and_counts_its_flop(monkeypatch, tmp_path):
+    monkeypatch.undo()
+    monkeypatch.setattr(mma, "TARGETS", ())  # PTX alone: seconds less
+    assert mma.build(tmp_path / "mma.so") is None
+    loop = mma.Loop(tmp_path / "mma.so", torch.device("cpu"), FakeCuda())
+    # blocks, warps, products of 16 x 8 x 16
+    assert loop.flop == 264 * mma.ROUNDS * 8 * 8 * 4096
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="mma.cu: "):
+            loop.run()
+
+
 # ---- captures ---------------------------------------------------------------------------------
 def test_a_capture_can_be_kept_and_cut(tmp_path, monkeypatch):
     made = [torch.randn(1, h, 300, 32) for h in (4, 2, 2)]
@@ -529,9 +545,9 @@ def test_break_even_prints_the_line(capsys):
 
     found = break_even.find(args, "bf16", at)
     assert 2250 <= found[0] <= 2250 * 1.34 and 2250 <= found[1] <= 2250 * 1.34
-    device = SimpleNamespace(family="cuda")
+    device = SimpleNamespace(family="cuda:9.0")
     line = break_even.line(device, {"bf16": found, "fp16": (256, 16384)})
-    assert f"'cuda': Lengths({found[0]}, 16384)," in line
+    assert f'"cuda:9.0": Lengths({found[0]}, 16384),' in line
     assert "breaks even for fp16" in break_even.line(device, {"bf16": found, "fp16": (None, None)})
 
 
