@@ -110,8 +110,8 @@ template <int count> PBS_DEVICE void fence_registers(uint32_t (&r)[count]) {
             PBS_WGMMA_RS(n, c, c0, c1, c2, c3, c4, c5, c6, "f16");                          \
     }
 
-template <class T> constexpr bool is_bf16 = false;
-template <> constexpr bool is_bf16<bf16> = true;
+template <class T> inline constexpr bool is_bf16 = false;
+template <> inline constexpr bool is_bf16<bf16> = true;
 
 PBS_WGMMA(64, 32, 32, 33, 34, 35, 36, 37, 38)
 PBS_WGMMA(96, 48, 48, 49, 50, 51, 52, 53, 54)
