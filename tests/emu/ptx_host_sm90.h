@@ -84,8 +84,8 @@ static inline void griddepcontrol_wait() {}
 static inline void griddepcontrol_launch_dependents() {}
 
 /* ---- tensor cores ---------------------------------------------------------------------------- */
-template <class T> constexpr bool is_bf16 = false;
-template <> constexpr bool is_bf16<bf16> = true;
+template <class T> inline constexpr bool is_bf16 = false;
+template <> inline constexpr bool is_bf16<bf16> = true;
 
 static inline void wgmma_fence() { emu::wgmma_fence(); }
 static inline void wgmma_commit() { emu::wgmma_commit(); }
