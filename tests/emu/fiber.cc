@@ -8,7 +8,11 @@
 #include <new>
 #include <sys/mman.h>
 
+/* Elsewhere, or on request to test it, the C library switches: slower, as it saves signal masks. */
 #if !defined(__x86_64__)
+#define EMU_UCONTEXT 1
+#endif
+#ifdef EMU_UCONTEXT
 #include <ucontext.h>
 #endif
 
@@ -71,7 +75,7 @@ size_t usable(int index) { return STACK - static_cast<size_t>(index) * STAGGER %
 } // namespace
 
 /* ---- the switch ------------------------------------------------------------------------------ */
-#if defined(__x86_64__)
+#ifndef EMU_UCONTEXT
 
 /* Saves what the ABI lets a callee keep, on the stack that is left. Rounding mode and exception
  * masks are the same everywhere. */
@@ -108,9 +112,9 @@ static void *new_context(unsigned char *bottom, size_t bytes, void (*start)()) {
 #else
 
 static void emu_switch(void **from, void *to) {
-    ucontext_t here;
-    *from = &here;
-    swapcontext(&here, static_cast<ucontext_t *>(to));
+    ucontext_t left;
+    *from = &left;
+    swapcontext(&left, static_cast<ucontext_t *>(to));
 }
 
 /* The context lies at the top of its own stack. */
