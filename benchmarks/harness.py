@@ -220,7 +220,7 @@ def entry(work, dtype: str, rows: list[Row], taken: dict) -> dict:
         rate = {unit: statistics.median(probes)}
         print(table.cpu_table(title, rate, results, work.failures), flush=True)
         return about | {"unit": unit, "rows": results} | _failed(work)
-    best = table.best_dense(results)
+    best = table.best_dense(rows, results)
     if best:
         table.compare(results, best, "best")
     seen: dict[str, list[float]] = {}

@@ -49,7 +49,6 @@ def summarise(row, samples: list, shape: Shape, block: int) -> dict:
             "bytes": row.bytes or None,
             "gbytes_per_s": row.bytes / (ms * 1e6) if row.bytes else None,
             "of_copy": of(lambda s: s.probes["copy"], row.bytes) if row.bytes else None,
-            "dense": row.dense,
             # launching takes longer than running: what was timed is the CPU's doing
             "launch_bound": statistics.median(s.host_ms for s in used) > ms,
         }
@@ -75,9 +74,11 @@ def compare(results: list[dict], baseline: str, label: str = "") -> None:
             result[f"vs_{label or baseline}"] = statistics.median(ratios)
 
 
-def best_dense(results: list[dict]) -> str | None:
+def best_dense(rows: list, results: list[dict]) -> str | None:
     """Name of the fastest dense row."""
-    return min((r for r in results if r.get("dense")), key=lambda r: r["ms"], default={}).get("row")
+    names = {row.name for row in rows if row.dense}
+    dense = [r for r in results if r["row"] in names]
+    return min(dense, key=lambda r: r["ms"])["row"] if dense else None
 
 
 def _cell(value, width: int, form: str, scale: float = 1.0) -> str:
