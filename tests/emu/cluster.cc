@@ -28,7 +28,7 @@ hopper &hopper_of(block &b) {
     const size_t threads = b.threads.size();
     h.used = true;
     h.barriers.clear();
-    h.loads_in_flight = h.stores_in_flight = 0;
+    h.loads_in_flight = h.stores_in_flight = h.unfenced_chunks = 0;
     h.unfenced.assign((b.shared_bytes + 15) / 16, 0);
     h.stored.resize(threads);
     for (auto &list : h.stored) list.clear();

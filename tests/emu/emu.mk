@@ -6,7 +6,8 @@
 #
 # Objects lie in build/emu (the library) and build/emu-<gcc|clang|san> (the C++ tests).
 
-EMU_WARN := -Wall -Wextra
+# Tensor maps are passed by value, with an alignment that once changed g++'s ABI.
+EMU_WARN := -Wall -Wextra -Wno-psabi
 EMU_INCLUDE := -Itests/emu -Icsrc -Icsrc/include
 # -ffp-contract=off as in the C core: results do not depend on the CPU that runs the tests.
 EMU_CXXFLAGS := -std=c++17 -ffp-contract=off -fPIC -g $(EMU_WARN) $(EMU_INCLUDE)
@@ -17,7 +18,7 @@ EMU_SAN := -O1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-
 	-DEMU_TEST_THIN=4
 
 EMU_RUNTIME := $(filter-out tests/emu/test_%.cc,$(wildcard tests/emu/*.cc))
-EMU_TESTS := $(wildcard tests/emu/test_*.cc)
+EMU_TESTS := $(wildcard tests/emu/test_*.cc) csrc/cuda/tensor_map.cu csrc/core/status.c
 EMU_VERBS := tests/emu/verbs.c $(addprefix tests/c/,harness.c brute.c test_score.c test_permute.c)
 EMU_LIBRARY := $(wildcard csrc/core/*.c csrc/cuda/*.c csrc/cuda/*.cu)
 
@@ -124,5 +125,7 @@ build/emu/_C_emu.so: $(EMU_OBJECTS) build/emu/csrc/torch/ops.cpp.o | build/emu/l
 
 emu: ## the torch ops over an emulated GPU, for the Python tests
 	@$(emu_make) PY=$(PY) build/emu/_C_emu.so
+
+include tests/emu/emu90.mk
 
 -include $(shell find build/emu build/emu-* -name '*.d' 2>/dev/null)

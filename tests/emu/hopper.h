@@ -32,7 +32,7 @@ struct bulk_store {
     tensor_box map;
     int32_t at[5];
     uint32_t from;
-    bool read, written, changed;
+    bool read, written, changed, waited;
     std::vector<unsigned char> data; /* the source when the store was issued */
 };
 
@@ -53,6 +53,7 @@ struct hopper {
     int loads_in_flight;            /* boxes on their way into this block */
     int stores_in_flight;           /* boxes that have not been read yet */
     std::vector<uint16_t> unfenced; /* per 16 bytes: 1 + the thread whose store no fence followed */
+    int unfenced_chunks;            /* of them */
     std::vector<std::vector<uint32_t>> stored; /* per thread: its entries in unfenced */
     std::vector<store_queue> stores;           /* per thread */
     std::shared_ptr<wgmma_state> wgmma;

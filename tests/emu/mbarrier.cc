@@ -53,6 +53,13 @@ void mbarrier_complete_bytes(block &, mbarrier &m, uint32_t bytes) {
     complete_if_over(m);
 }
 
+/* Whoever was waiting may run before the one that arrived goes on. */
+static void perhaps_yield() {
+    if (next_random(*the_machine) & 1) return;
+    make_ready(self());
+    wait_for({"ready", nullptr, nullptr, 0});
+}
+
 void mbarrier_init(uint32_t address, uint32_t count) {
     thread &t = self();
     const uint32_t offset = shared_offset(t, "mbarrier.init", address, 8, 8);
@@ -89,6 +96,7 @@ void mbarrier_arrive(const char *name, uint32_t address, bool expect, uint32_t b
     if (!m.pending) fail("%s: an arrival beyond the count: %s", name, state_of(m).c_str());
     m.pending--;
     complete_if_over(m);
+    perhaps_yield();
 }
 
 void mbarrier_wait(uint32_t address, uint32_t parity) {

@@ -18,8 +18,11 @@ namespace ptx {
 /* .ftz: subnormal inputs and results are zeros of their sign. */
 PBS_DEVICE float flush(float x) { return fabsf(x) < 0x1p-126f ? copysignf(0.0f, x) : x; }
 
-PBS_DEVICE float ex2(float x) { return flush(exp2f(flush(x))); }
-PBS_DEVICE float lg2(float x) { return flush(log2f(flush(x))); }
+/* A NaN comes out as the device's own, so poison (machine.h) that was computed with is seen. */
+PBS_DEVICE float own_nan(float x) { return x == x ? x : emu::bits_float(0x7fffffff); }
+
+PBS_DEVICE float ex2(float x) { return own_nan(flush(exp2f(flush(x)))); }
+PBS_DEVICE float lg2(float x) { return own_nan(flush(log2f(flush(x)))); }
 
 template <class T> PBS_DEVICE uint32_t pack(float low, float high);
 template <> inline uint32_t pack<bf16>(float low, float high) {

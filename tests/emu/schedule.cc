@@ -55,6 +55,14 @@ void make_ready(thread &t) {
 static void reshuffle(machine &m) {
     for (size_t i = m.by_rank.size(); i > 1; i--)
         std::swap(m.by_rank[i - 1], m.by_rank[next_random(m) % i]);
+    if (m.blocks_running > 1 && next_random(m) & 1) { /* one block may run far ahead of others */
+        const uint64_t turn = next_random(m);
+        const auto place = [&](const warp *w) {
+            return (static_cast<uint64_t>(w->home->number) * 0x9E3779B97F4A7C15ull ^ turn) >> 32;
+        };
+        std::stable_sort(m.by_rank.begin(), m.by_rank.end(),
+                         [&](const warp *a, const warp *b) { return place(a) < place(b); });
+    }
     std::fill(m.ready_ranks.begin(), m.ready_ranks.end(), 0);
     for (size_t i = 0; i < m.by_rank.size(); i++) {
         m.by_rank[i]->rank = static_cast<int>(i);

@@ -11,17 +11,17 @@
  *     load      K(last)  Q  K(last-1)  V(last)  K(last-2)  V(last-1) ...
  *     compute   S = QK(n), O += P V(n+1) in flight together; softmax of S while PV runs
  *
- * Keys run from the last block, the only masked one, to the first. Every bug of enum toy_bug is one
- * condition in this text; bug 0 is the correct kernel, which nvcc compiles for sm_90a as well.
+ * Keys run from the last block, the only masked one, to the first. Every bug of enum bug_name is
+ * one condition in this text; bug 0 is the correct kernel, which nvcc compiles for sm_90a as well.
  */
-#ifndef EMU_TOY_ATTEND_CUH
-#define EMU_TOY_ATTEND_CUH
+#ifndef EMU_TOY_SM90_CUH
+#define EMU_TOY_SM90_CUH
 
 #include "cuda/ptx.cuh"
 
-namespace toy {
+namespace toy90 {
 
-enum toy_bug {
+enum bug_name {
     CORRECT,
     NO_FIRST_K_WAIT,
     NO_V_WAIT,
@@ -288,11 +288,11 @@ PBS_DEVICE void consume(smem_plan<D> &s, int group, const tensor_map *out, const
             ptx::fence_registers(acc_s);
             if (leader) ptx::mbarrier_arrive(ptx::shared_address(&s.k_empty[at_k.stage]));
             advance(at_k);
+            if (bug == V_RELEASED_EARLY && leader)
+                ptx::mbarrier_arrive(ptx::shared_address(&s.v_empty[at_v.stage]));
             online_softmax(acc_s, row_max, row_sum, scores_scale, p.scale_log2);
             if (bug == O_SCALED_EARLY) rescale(acc_o, scores_scale);
             if (bug == P_REWRITTEN) pack_p(probs, acc_s);
-            if (bug == V_RELEASED_EARLY && leader)
-                ptx::mbarrier_arrive(ptx::shared_address(&s.v_empty[at_v.stage]));
             ptx::wgmma_wait<0>();
             ptx::fence_registers(acc_o);
             ptx::fence_registers(probs);
@@ -349,6 +349,6 @@ toy_attend(const __grid_constant__ tensor_map q, const __grid_constant__ tensor_
     }
 }
 
-} // namespace toy
+} // namespace toy90
 
-#endif /* EMU_TOY_ATTEND_CUH */
+#endif /* EMU_TOY_SM90_CUH */

@@ -4,6 +4,7 @@
  * when the 128th has issued it. From the issue to a thread's own wait its accumulators are
  * poisoned.
  *
+ *  - results come as late as those of copies do: in LAZY when nothing else can run
  *  - accumulators that are no longer poison at the next wgmma on them or at the wait, or changed A
  *    registers: an error
  *  - operands in shared memory are read when the 128th thread issues and once more when the first
@@ -15,6 +16,7 @@
 #include "cuda/descriptor.cuh"
 #include "float16.h"
 
+#include <algorithm>
 #include <string.h>
 
 #if defined(__x86_64__) && !defined(__SANITIZE_ADDRESS__) && defined(__GNUC__) && \
@@ -47,7 +49,9 @@ struct operation {
 };
 
 struct warpgroup {
-    uint64_t first, complete; /* numbers: of operations.front(); below which all are computed */
+    /* Numbers of operations: of the oldest; below which all are computed, somebody waits for them,
+     * the machine has let them finish. */
+    uint64_t first, complete, wanted, finished;
     std::deque<std::unique_ptr<operation>> operations;
     std::vector<std::unique_ptr<chain>> chains;
     wait_queue waiting;
@@ -171,15 +175,23 @@ void multiply(float *__restrict c, const float *__restrict a, const float *__res
         }
 }
 
+template <float (*to_float)(uint16_t)>
+void convert(const operation &o, float *__restrict a, float *__restrict b) {
+    const int n = o.what.columns;
+    for (int i = 0; i < ROWS * STEP; i++) a[i] = to_float(o.a[i / STEP][i % STEP]);
+    if (o.what.transpose_b) {
+        for (int i = 0; i < STEP * n; i++) b[i] = to_float(o.b[i]);
+    } else {
+        for (int j = 0; j < n; j++)
+            for (int k = 0; k < STEP; k++) b[k * n + j] = to_float(o.b[j * STEP + k]);
+    }
+}
+
 void compute(block &home, operation &o) {
     const int n = o.what.columns;
     read_operands(home, o.what, &o.a[0][0], o.b, true);
     float a[ROWS * STEP], b[STEP * MAX_COLUMNS];
-    const auto to_float = o.what.is_bf16 ? bf16_to_float : fp16_to_float;
-    for (int i = 0; i < ROWS * STEP; i++) a[i] = to_float(o.a[i / STEP][i % STEP]);
-    for (int k = 0; k < STEP; k++)
-        for (int j = 0; j < n; j++)
-            b[k * n + j] = to_float(o.b[o.what.transpose_b ? k * n + j : j * STEP + k]);
+    (o.what.is_bf16 ? convert<bf16_to_float> : convert<fp16_to_float>)(o, a, b);
     if (!o.what.accumulate) memset(o.on->value, 0, sizeof(float) * static_cast<size_t>(ROWS * n));
     multiply(o.on->value, a, b, n);
 }
@@ -192,13 +204,13 @@ float *value_at(chain &c, int columns, int index, int e) {
                     pbs::accumulator_column(t, i)];
 }
 
-void poison(float *d, int count) {
-    for (int i = 0; i < count; i++) memcpy(d + i, &POISON, 4);
-}
+void poison(float *d, int count) { std::fill(d, d + count, bits_float(POISON)); }
 
 void check_poison(const float *d, int count) {
-    for (int i = 0; i < count; i++)
-        if (memcmp(d + i, &POISON, 4))
+    uint32_t other = 0;
+    for (int i = 0; i < count; i++) other |= float_bits(d[i]) ^ POISON;
+    for (int i = 0; other && i < count; i++)
+        if (float_bits(d[i]) != POISON)
             fail("wgmma: accumulator %d was touched while a wgmma on it is in flight", i);
 }
 
@@ -303,6 +315,21 @@ static std::string wait_state(const thread &t) {
                   static_cast<unsigned long long>(g.complete));
 }
 
+namespace {
+
+struct finish_event : event {
+    warpgroup *group;
+    uint64_t end;
+
+    bool wanted() const override { return true; }
+    void happen() override {
+        group->finished = std::max(group->finished, end);
+        wake_all(group->waiting);
+    }
+};
+
+} // namespace
+
 /* The first thread behind the wait: were the operands left alone? */
 static void compare_operands(block &home, operation &o) {
     uint16_t a[ROWS * STEP], b[STEP * MAX_COLUMNS];
@@ -356,6 +383,14 @@ void wgmma_wait(int pending) {
         me.w.group_ends.pop_front();
     }
     while (me.g.complete < end) wait_in(me.g.waiting, {"wgmma.wait_group", wait_state, &me.g, 0});
+    if (me.g.wanted < end) {
+        me.g.wanted = end;
+        auto e = std::make_unique<finish_event>();
+        e->group = &me.g;
+        e->end = end;
+        post(std::move(e));
+    }
+    while (me.g.finished < end) wait_in(me.g.waiting, {"wgmma.wait_group", wait_state, &me.g, 0});
     deliver(me, end);
     retire(me);
 }
