@@ -350,10 +350,12 @@ const char *launch_grid(const launch_shape &shape, void (*call)(void *), void *k
     if (shape.cluster < 1 || shape.cluster > 16 || shape.blocks % shape.cluster)
         return refuse(m, "clusters of", shape.cluster);
 
-    m.failed = false;
-    m.error.clear();
     m.seed = option_seed;
     m.delivery = option_delivery;
+    if (m.delivery < LAZY || m.delivery > EAGER) return refuse(m, "delivery", m.delivery);
+
+    m.failed = false;
+    m.error.clear();
     m.random_state = (m.seed + 1) * 0x9E3779B97F4A7C15ull | 1;
     for (int i = 0; i < 4; i++) next_random(m);
     async_begin(m);

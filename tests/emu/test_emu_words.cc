@@ -8,7 +8,6 @@
 
 #include <math.h>
 #include <stdexcept>
-#include <thread>
 #include <vector>
 
 namespace {
@@ -237,6 +236,12 @@ EMU_TEST(deadlocks) {
     }
 }
 
+/* More than any stack holds, and no tail call. */
+static int recurse(int depth) {
+    volatile int x = depth;
+    return depth ? recurse(depth - 1) + x : x;
+}
+
 EMU_TEST(broken_kernels) {
     CHECK_FAILS(run(0, 1, 64, [] { throw std::runtime_error("thrown on purpose"); }),
                 "exception: thrown on purpose");
@@ -247,25 +252,9 @@ EMU_TEST(broken_kernels) {
     CHECK_FAILS(run(0, 1, 64, [&] { *reinterpret_cast<volatile int *>(nowhere) = 1; }),
                 "invalid address");
     CHECK_FAILS(run(0, 1, 64, [] { __trap(); }), "__trap");
+    CHECK_FAILS(run(0, 1, 64, [] { recurse(1 << 20); }), "stack is full");
     CHECK_FAILS(run(0, 1, 1025, [] {}), "threads 1025");
     CHECK_FAILS(run(0, 1ll << 31, 32, [] {}), "blocks 2147483648");
     CHECK_FAILS(emu::launch("test", 1, 32, 228 << 10, [] {}), "shared memory");
     CHECK_RUNS(run(0, 1, 64, [] { __syncthreads(); })); /* the machine is whole after all these */
-}
-
-/* Each OS thread has a machine of its own. */
-EMU_TEST(two_launches_at_once) {
-    std::vector<int> sums(2);
-    const auto launches = [&](size_t i) {
-        for (int n = 0; n < 20; n++)
-            if (emu::launch("test", 4, 128, 0, [&] {
-                    const int sum = __shfl_xor_sync(ALL, 1, 1) + __syncthreads_count(1);
-                    if (threadIdx.x == 0) sums[i] += sum;
-                }))
-                sums[i] = -1000000;
-    };
-    std::thread other(launches, 1);
-    launches(0);
-    other.join();
-    CHECK(sums[0] == 80 * 129 && sums[1] == 80 * 129, "%d %d", sums[0], sums[1]);
 }

@@ -43,8 +43,8 @@ void meet(const collective &what, uint32_t mask, void *args) {
         meeting &m = w.open[i];
         if (m.mask == mask && m.what == &what)
             mine = &m;
-        else if (m.mask & me || mask & m.arrived)
-            diverged(w, m, what, mask);
+        else if (m.mask & me && mask & m.arrived)
+            diverged(w, m, what, mask); /* each side waits for the other */
     }
     if (!mine) {
         mine = &w.open[w.meetings++];
