@@ -51,8 +51,8 @@ def make(work):
     )
 
 
-@functools.lru_cache(maxsize=1)
 def _compiled(function):
+    torch.compiler.reset()  # every mask compiles anew, and torch gives up after eight times
     return torch.compile(function, dynamic=False)
 
 
