@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * Matrices of 16-bit rows kept in the order in which tensor cores read them, for products of whole
- * rows (Q K^T): any head_dim at run time, no ldmatrix, and an operand that many blocks share needs
- * no shared memory, because a warp reads it from the cache as 512 bytes in a row.
+ * rows (Q K^T). Against tile.cuh: any head_dim at run time, no ldmatrix, and an operand that many
+ * blocks share needs no shared memory, because a warp reads it from the cache as 512 bytes in a
+ * row.
  *
  * A matrix is cut into blocks of 8 rows x 32 columns. Lane 4 g + q of a warp owns columns
  * [8 q, 8 q + 8) of row g of a block, one piece of 16 bytes:
@@ -17,6 +18,7 @@
 #define PBS_CUDA_FRAGMENTS_CUH
 
 #include "rows.cuh"
+#include "tile.cuh"
 
 namespace pbs {
 
@@ -32,17 +34,6 @@ PBS_HD int32_t strips_of(int32_t head_dim) { return pbs_ceil_div(head_dim, STRIP
 /* Where a block of 8 rows begins; count in pieces. */
 PBS_HD int64_t fragment_rows(int64_t row, int32_t strips) {
     return row / BLOCK_ROWS * strips * BLOCK_PIECES;
-}
-
-PBS_DEVICE void fragment_clear(float (&acc)[2][8][4]) {
-    PBS_UNROLL
-    for (int m = 0; m < 2; m++) {
-        PBS_UNROLL
-        for (int n = 0; n < 8; n++) {
-            PBS_UNROLL
-            for (int i = 0; i < 4; i++) acc[m][n][i] = 0.0f;
-        }
-    }
 }
 
 /* acc[2][8] += A[32, :] B[64, :]^T. a, b: their first blocks; rows row_step blocks apart. Element i

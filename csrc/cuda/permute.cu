@@ -41,7 +41,6 @@ static permute_run run_of(const pbs_permute_params *p, const pbs_dims *d) {
     run.pool_len = p->pool_len;
     run.packed = static_cast<packed_header *>(p->packed);
     run.layout = packed_layout_of(d, pbs_permutes_keys(p->mode));
-    if (!p->v_pool && !p->packed) run.v.data = nullptr;
     return run;
 }
 
@@ -77,7 +76,7 @@ pbs_status pbs_cuda_permute(const pbs_permute_params *p, const pbs_dims *d, cons
     pbs::permute_run run = pbs::run_of(p, d);
     pbs::cut(&run, p->workspace);
     PBS_TRY(pbs_cuda_check_aligned("k", &run.k));
-    if (run.v.data) PBS_TRY(pbs_cuda_check_aligned("v", &run.v));
+    if (p->packed || p->v_pool) PBS_TRY(pbs_cuda_check_aligned("v", &run.v));
     if (pbs_permutes_queries(p->mode)) PBS_TRY(pbs_cuda_check_aligned("q", &run.q));
     return d->dtype == PBS_DTYPE_BF16 ? pbs::launch_all<pbs::bf16>(run, p->exec)
                                       : pbs::launch_all<pbs::fp16>(run, p->exec);

@@ -23,7 +23,7 @@ enum {
 
 /* Arguments of every kernel. Outputs that nobody wants are NULL. */
 struct permute_run {
-    pbs_view q, k, v; /* v.data NULL: no values are wanted */
+    pbs_view q, k, v;
     pbs_dims d;
     pbs_permute_mode mode;
     const float *score;           /* [B, Hp, Nk] */
@@ -57,8 +57,7 @@ struct segment_item {
     int32_t b, hk, hp;
     int64_t head; /* b * Hp + hp */
     int32_t first, end;
-    bool moves;  /* a complete segment, not the only one, of a head that is permuted */
-    bool counts; /* the one of its sequence that writes pool_len */
+    bool moves; /* a complete segment, not the only one, of a head that is permuted */
 };
 
 struct segment_plan {
@@ -67,20 +66,19 @@ struct segment_plan {
     partial_sums k, v;
 };
 
-PBS_DEVICE segment_item segment_item_of(const permute_run &run, int64_t index) {
+PBS_DEVICE segment_item segment_item_of(const permute_run &run, int32_t index) {
     const pbs_dims &d = run.d;
     const int32_t each = d.heads_p / d.heads_k, segments = pbs_ceil_div(d.max_k, d.segment_size);
     segment_item item;
-    const int32_t g = static_cast<int32_t>(index % each);
+    const int32_t g = index % each;
     index /= each;
-    item.first = static_cast<int32_t>(index % segments) * d.segment_size;
+    item.first = index % segments * d.segment_size;
     index /= segments;
-    item.hk = static_cast<int32_t>(index % d.heads_k);
-    item.b = static_cast<int32_t>(index / d.heads_k);
+    item.hk = index % d.heads_k;
+    item.b = index / d.heads_k;
     item.hp = item.hk * each + g;
     item.head = static_cast<int64_t>(item.b) * d.heads_p + item.hp;
     item.end = pbs_min_i32(item.first + d.segment_size, d.max_k);
-    item.counts = item.hp == 0;
     return item;
 }
 
@@ -111,13 +109,42 @@ PBS_DEVICE void order_segment(const permute_run &run, const segment_item &item,
     __syncthreads();
 }
 
-/* Keys [at, at + count) of the new order: rows into packed (NULL = not), sums into k_sum, v_sum. */
+/* What a thread does with the rows of its segment; NULL = not wanted. */
+struct gather_job {
+    head_rows k, v;
+    uint4 *packed_k, *packed_v; /* this head's row 0 */
+    bool sums_v;
+    row_team team;
+    int32_t first;         /* key of the segment */
+    const uint16_t *order; /* of the segment */
+};
+
+PBS_DEVICE uint4 *packed_rows(const permute_run &run, const segment_item &item, int64_t part) {
+    unsigned char *base = reinterpret_cast<unsigned char *>(run.packed) + part;
+    return reinterpret_cast<uint4 *>(base) + item.head * run.layout.rows * (run.d.head_dim / PIECE);
+}
+
+PBS_DEVICE gather_job gather_job_of(const permute_run &run, const segment_item &item,
+                                    const pbs_seq &s, const segment_plan &shared) {
+    const bool packs = run.packed && item.moves;
+    gather_job job = {};
+    job.k = rows_of(run.k, item.b, item.hk, s.kv_start);
+    if (packs || run.v_pool) job.v = rows_of(run.v, item.b, item.hk, s.kv_start);
+    if (packs) job.packed_k = packed_rows(run, item, run.layout.k);
+    if (packs) job.packed_v = packed_rows(run, item, run.layout.v);
+    job.sums_v = run.v_pool != nullptr;
+    job.team = row_team_of(run.d.head_dim, static_cast<int32_t>(threadIdx.x));
+    job.first = item.first;
+    job.order = shared.order;
+    return job;
+}
+
+/* Keys [at, at + count) of the new order: copies of their rows, and their sums. */
 template <class T>
-PBS_DEVICE void gather_block(const segment_item &item, const segment_plan &shared,
-                             const head_rows &k, const head_rows &v, int32_t at, int32_t count,
-                             const row_team &team, uint4 *packed_k, uint4 *packed_v,
+PBS_DEVICE void gather_block(const gather_job &job, int32_t at, int32_t count,
                              float (&k_sum)[PIECE], float (&v_sum)[PIECE]) {
-    const uint16_t *order = shared.order + (at - item.first);
+    const row_team &team = job.team;
+    const uint16_t *order = job.order + (at - job.first);
     if (team.row >= team.in_flight) return;
     for (int32_t row = team.row; row < count; row += GATHER * team.in_flight) {
         uint4 k_piece[GATHER], v_piece[GATHER];
@@ -126,62 +153,53 @@ PBS_DEVICE void gather_block(const segment_item &item, const segment_plan &share
             const int32_t r = row + i * team.in_flight;
             k_piece[i] = v_piece[i] = make_uint4(0, 0, 0, 0);
             if (r >= count) continue;
-            const int64_t from = item.first + order[r];
-            k_piece[i] = *piece_of(k, from, team.piece);
-            if (v.first) v_piece[i] = *piece_of(v, from, team.piece);
+            const int64_t from = job.first + order[r];
+            k_piece[i] = *piece_of(job.k, from, team.piece);
+            if (job.v.first) v_piece[i] = *piece_of(job.v, from, team.piece);
         }
         PBS_UNROLL
         for (int i = 0; i < GATHER; i++) {
             const int32_t r = row + i * team.in_flight;
             add_piece<T>(k_sum, k_piece[i]);
-            add_piece<T>(v_sum, v_piece[i]);
-            if (!packed_k || r >= count) continue;
+            if (job.sums_v) add_piece<T>(v_sum, v_piece[i]);
+            if (!job.packed_k || r >= count) continue;
             const int64_t to = static_cast<int64_t>(at + r) * team.pieces + team.piece;
-            packed_k[to] = k_piece[i];
-            packed_v[to] = v_piece[i];
+            job.packed_k[to] = k_piece[i];
+            job.packed_v[to] = v_piece[i];
         }
     }
-}
-
-PBS_DEVICE uint4 *packed_rows(const permute_run &run, const segment_item &item, int64_t part) {
-    unsigned char *base = reinterpret_cast<unsigned char *>(run.packed) + part;
-    return reinterpret_cast<uint4 *>(base) + item.head * run.layout.rows * (run.d.head_dim / PIECE);
 }
 
 template <class T> PBS_KERNEL(SUM_THREADS, 3) permute_segment(const permute_run run) {
     PBS_SHARED(segment_plan, shared);
     const pbs_dims &d = run.d;
     const int32_t thread = static_cast<int32_t>(threadIdx.x);
-    segment_item item = segment_item_of(run, blockIdx.x);
+    segment_item item = segment_item_of(run, static_cast<int32_t>(blockIdx.x));
     const pbs_seq s = pbs_dims_seq_clamped(&d, item.b);
     item.moves = pbs_permutes_keys(run.mode) && head_on(run, item.hp) &&
                  s.kv_len > d.segment_size && item.first + d.segment_size <= s.kv_len;
     order_segment(run, item, shared);
 
-    const row_team team = row_team_of(d.head_dim, thread);
-    const head_rows k = rows_of(run.k, item.b, item.hk, s.kv_start);
-    const head_rows v =
-        run.v.data ? rows_of(run.v, item.b, item.hk, s.kv_start) : head_rows{nullptr, 0};
-    const bool packs = run.packed && item.moves, pools = run.k_pool || run.v_pool;
-    uint4 *packed_k = packs ? packed_rows(run, item, run.layout.k) : nullptr;
-    uint4 *packed_v = packs ? packed_rows(run, item, run.layout.v) : nullptr;
+    const gather_job job = gather_job_of(run, item, s, shared);
+    const bool pools = run.k_pool || run.v_pool;
     for (int32_t at = item.first; at < item.end; at += d.block_k) {
         const int32_t n = at / d.block_k; /* key block */
         const int32_t end = pbs_min_i32(pbs_min_i32(at + d.block_k, item.end), s.kv_len);
         const int32_t count = pbs_max_i32(end - at, 0);
-        if (run.pool_len && item.counts && thread == 0)
+        if (run.pool_len && item.hp == 0 && thread == 0)
             run.pool_len[static_cast<int64_t>(item.b) * d.blocks_k + n] = count;
         float k_sum[PIECE] = {}, v_sum[PIECE] = {};
-        if (packs || pools)
-            gather_block<T>(item, shared, k, v, at, count, team, packed_k, packed_v, k_sum, v_sum);
+        if (job.packed_k || pools) gather_block<T>(job, at, count, k_sum, v_sum);
         if (!pools) continue;
         const float factor = count ? 1.0f / static_cast<float>(count) : 0.0f;
         const int64_t pool = (item.head * d.blocks_k + n) * d.head_dim;
-        put_partial(shared.k, team, k_sum);
-        put_partial(shared.v, team, v_sum);
+        put_partial(shared.k, job.team, k_sum);
+        if (run.v_pool) put_partial(shared.v, job.team, v_sum);
         __syncthreads();
-        if (run.k_pool) add_partials(shared.k, team, thread, factor, run.k_pool + pool);
-        if (run.v_pool) add_partials(shared.v, team, thread, factor, run.v_pool + pool);
+        /* Up to head_dim 128, one half of the threads adds up K, the other V. */
+        const int32_t other = (thread + SUM_THREADS / 2) % SUM_THREADS;
+        if (run.k_pool) add_partials(shared.k, job.team, thread, factor, run.k_pool + pool);
+        if (run.v_pool) add_partials(shared.v, job.team, other, factor, run.v_pool + pool);
         __syncthreads(); /* the sums of the next block take their place */
     }
 }

@@ -60,11 +60,11 @@ template <class T> PBS_KERNEL(SUM_THREADS, 3) permute_queries(const permute_run 
     PBS_SHARED(queries_plan, shared);
     const pbs_dims &d = run.d;
     const int32_t thread = static_cast<int32_t>(threadIdx.x), size = d.segment_size;
-    const int32_t segments = pbs_ceil_div(d.max_q, size);
-    const int32_t first = static_cast<int32_t>(blockIdx.x % segments) * size;
-    const int64_t head = blockIdx.x / segments;
-    const int32_t b = static_cast<int32_t>(head / d.heads_q);
-    const int32_t hq = static_cast<int32_t>(head % d.heads_q), hp = pbs_owner_head(&d, hq);
+    const int32_t segments = pbs_ceil_div(d.max_q, size), index = static_cast<int32_t>(blockIdx.x);
+    const int32_t first = index % segments * size;
+    const int64_t head = index / segments;
+    const int32_t b = index / segments / d.heads_q, hq = index / segments % d.heads_q;
+    const int32_t hp = pbs_owner_head(&d, hq);
     const pbs_seq s = pbs_dims_seq_clamped(&d, b);
     int32_t *q_perm = run.q_perm + head * d.max_q;
     if (!head_on(run, hp) || first + size > s.q_len || s.kv_len <= size) {

@@ -28,7 +28,7 @@ enum {
 };
 
 /* What columns need to know of a probe row: p = 2^(s * scale_log2 - row_max) * weight. */
-struct probe_row {
+struct alignas(16) probe_row {
     float scale_log2;
     float row_max;
     float weight; /* 1 / row_sum; 0 for rows that do not exist */
@@ -78,16 +78,16 @@ struct score_item {
 };
 
 /* Block index -> (b, hk, rest, hp of the group): rest counts chunks or tiles of keys. */
-PBS_DEVICE score_item score_item_of(const score_run &run, int64_t index, int32_t count,
+PBS_DEVICE score_item score_item_of(const score_run &run, int32_t index, int32_t count,
                                     int32_t *rest) {
     const int32_t each = run.d.heads_p / run.d.heads_k;
     score_item item;
-    const int32_t g = static_cast<int32_t>(index % each);
+    const int32_t g = index % each;
     index /= each;
-    *rest = static_cast<int32_t>(index % count);
+    *rest = index % count;
     index /= count;
-    item.hk = static_cast<int32_t>(index % run.d.heads_k);
-    item.b = static_cast<int32_t>(index / run.d.heads_k);
+    item.hk = index % run.d.heads_k;
+    item.b = index / run.d.heads_k;
     item.hp = item.hk * each + g;
     item.head = static_cast<int64_t>(item.b) * run.d.heads_p + item.hp;
     return item;
@@ -97,10 +97,8 @@ PBS_DEVICE score_item score_item_of(const score_run &run, int64_t index, int32_t
 template <class T> PBS_KERNEL(SUM_THREADS, 4) score_mean(const score_run run) {
     PBS_SHARED(partial_sums, shared);
     const int32_t thread = static_cast<int32_t>(threadIdx.x);
-    const int32_t slab = static_cast<int32_t>(blockIdx.x % run.slabs);
-    const int64_t head = blockIdx.x / run.slabs;
-    const int32_t b = static_cast<int32_t>(head / run.d.heads_q);
-    const int32_t hq = static_cast<int32_t>(head % run.d.heads_q);
+    const int32_t index = static_cast<int32_t>(blockIdx.x), slab = index % run.slabs;
+    const int32_t head = index / run.slabs, b = head / run.d.heads_q, hq = head % run.d.heads_q;
     const pbs_seq s = pbs_dims_seq_clamped(&run.d, b);
     const head_rows rows = rows_of(run.q, b, hq, s.q_start);
     const row_team team = row_team_of(run.d.head_dim, thread);
@@ -111,7 +109,7 @@ template <class T> PBS_KERNEL(SUM_THREADS, 4) score_mean(const score_run run) {
             add_piece<T>(sum, *piece_of(rows, row, team.piece));
     put_partial(shared, team, sum);
     __syncthreads();
-    add_partials(shared, team, thread, 1.0f, run.mean + blockIdx.x * int64_t{run.d.head_dim});
+    add_partials(shared, team, thread, 1.0f, run.mean + int64_t{index} * run.d.head_dim);
 }
 
 /* ---- probe ----------------------------------------------------------------------------------- */
@@ -154,12 +152,12 @@ PBS_DEVICE float row_unit(const float (&x)[PIECE]) {
 template <class T> PBS_KERNEL(SUM_THREADS, 4) score_probe(const score_run run) {
     const int lane = static_cast<int>(threadIdx.x % 32);
     const int32_t blocks = run.padded_rows / BLOCK_ROWS, strips = strips_of(run.d.head_dim);
-    const int32_t r = static_cast<int32_t>(blockIdx.x % blocks) * BLOCK_ROWS +
-                      static_cast<int32_t>(threadIdx.x / 32);
+    const int32_t index = static_cast<int32_t>(blockIdx.x);
+    const int32_t r = index % blocks * BLOCK_ROWS + static_cast<int32_t>(threadIdx.x / 32);
     score_item item;
-    item.head = blockIdx.x / blocks;
-    item.b = static_cast<int32_t>(item.head / run.d.heads_p);
-    item.hp = static_cast<int32_t>(item.head % run.d.heads_p);
+    item.head = index / blocks;
+    item.b = index / blocks / run.d.heads_p;
+    item.hp = index / blocks % run.d.heads_p;
     const pbs_seq s = pbs_dims_seq_clamped(&run.d, item.b);
     const bool exists = r < probe_rows_of(run, s) && lane < run.d.head_dim / PIECE;
     const int32_t each = run.d.heads_q / run.d.heads_p; /* 1, or the group */

@@ -65,11 +65,12 @@ template <class T> PBS_KERNEL(SCORE_THREADS, 3) score_stats(const score_run run)
     const int32_t warp = static_cast<int32_t>(threadIdx.x / 32);
     const int32_t row_tiles = pbs_ceil_div(run.padded_rows, TILE_ROWS);
     const int32_t strips = strips_of(run.d.head_dim);
+    const int32_t index = static_cast<int32_t>(blockIdx.x);
     int32_t chunk;
-    const score_item item = score_item_of(run, blockIdx.x / row_tiles, run.chunks, &chunk);
+    const score_item item = score_item_of(run, index / row_tiles, run.chunks, &chunk);
     const pbs_seq s = pbs_dims_seq_clamped(&run.d, item.b);
     const int32_t rows = probe_rows_of(run, s), first_key = chunk * CHUNK_KEYS;
-    const int32_t first_row = static_cast<int32_t>(blockIdx.x % row_tiles) * TILE_ROWS;
+    const int32_t first_row = index % row_tiles * TILE_ROWS;
     const int32_t tiles =
         pbs_min_i32(pbs_complete_keys(s.kv_len, run.d.segment_size) - first_key, CHUNK_KEYS) /
         TILE_COLUMNS;
@@ -100,7 +101,7 @@ template <class T> PBS_KERNEL(SCORE_THREADS, 3) score_stats(const score_run run)
         __syncthreads(); /* this tile has arrived for all */
         if (works) {
             float acc[2][8][4];
-            fragment_clear(acc);
+            clear(acc);
             for (int32_t part = run.parts - 1; part >= 0; part--) /* the small ones first */
                 fragment_product<T>(acc,
                                     probe_of(run, item.head, part) +
@@ -135,9 +136,9 @@ PBS_KERNEL(SUM_THREADS, 4) score_reduce(const score_run run) {
     PBS_SHARED(reduce_plan, shared);
     const int lane = static_cast<int>(threadIdx.x % 32);
     const int32_t warp = static_cast<int32_t>(threadIdx.x / 32), groups = run.padded_rows / 32;
-    const int64_t head = blockIdx.x / groups;
-    const int32_t r = static_cast<int32_t>(blockIdx.x % groups) * 32 + lane;
-    const pbs_seq s = pbs_dims_seq_clamped(&run.d, static_cast<int32_t>(head / run.d.heads_p));
+    const int32_t index = static_cast<int32_t>(blockIdx.x), r = index % groups * 32 + lane;
+    const int64_t head = index / groups;
+    const pbs_seq s = pbs_dims_seq_clamped(&run.d, index / groups / run.d.heads_p);
     const int32_t chunks =
         pbs_ceil_div(pbs_complete_keys(s.kv_len, run.d.segment_size), CHUNK_KEYS);
     const bool exists = r < probe_rows_of(run, s);
@@ -153,10 +154,8 @@ PBS_KERNEL(SUM_THREADS, 4) score_reduce(const score_run run) {
     for (int w = 1; w < REDUCE_WARPS && w < chunks; w++)
         stats_join(row_max, row_sum, shared.row_max[w][lane], shared.row_sum[w][lane]);
     const int64_t at = head * run.padded_rows + r;
-    probe_row *row = run.rows + at;
-    row->scale_log2 = run.scale_log2 * run.unit[at];
-    row->row_max = exists ? row_max : 0.0f;
-    row->weight = exists ? 1.0f / row_sum : 0.0f;
+    run.rows[at] = {run.scale_log2 * run.unit[at], exists ? row_max : 0.0f,
+                    exists ? 1.0f / row_sum : 0.0f, 0.0f};
 }
 
 /* ---- columns --------------------------------------------------------------------------------- */
@@ -183,8 +182,8 @@ template <class T> PBS_KERNEL(SCORE_THREADS, 3) score_columns(const score_run ru
     const int32_t thread = static_cast<int32_t>(threadIdx.x), warp = thread / 32;
     const int32_t strips = strips_of(run.d.head_dim);
     int32_t tile;
-    const score_item item =
-        score_item_of(run, blockIdx.x, pbs_ceil_div(run.d.max_k, TILE_ROWS), &tile);
+    const score_item item = score_item_of(run, static_cast<int32_t>(blockIdx.x),
+                                          pbs_ceil_div(run.d.max_k, TILE_ROWS), &tile);
     const pbs_seq s = pbs_dims_seq_clamped(&run.d, item.b);
     const int32_t rows = probe_rows_of(run, s), first = tile * TILE_ROWS;
     const int32_t scored = rows ? pbs_complete_keys(s.kv_len, run.d.segment_size) : 0;
@@ -204,7 +203,7 @@ template <class T> PBS_KERNEL(SCORE_THREADS, 3) score_columns(const score_run ru
     float share[2][2] = {};
     for (int32_t at = 0; at < rows; at += TILE_COLUMNS) {
         float acc[2][8][4];
-        fragment_clear(acc);
+        clear(acc);
         for (int32_t part = run.parts - 1; part >= 0; part--)
             fragment_product<T>(acc, keys,
                                 probe_of(run, item.head, part) + fragment_rows(at, strips), strips,
@@ -223,15 +222,13 @@ template <class T> PBS_KERNEL(SCORE_THREADS, 3) score_columns(const score_run ru
 /* PBS_ORDER_RANDOM: one thread a key. */
 PBS_KERNEL(SUM_THREADS, 4) score_random(const score_run run) {
     const int32_t tiles = pbs_ceil_div(run.d.max_k, SUM_THREADS);
-    const int64_t head = blockIdx.x / tiles;
-    const int32_t b = static_cast<int32_t>(head / run.d.heads_p);
-    const int32_t hp = static_cast<int32_t>(head % run.d.heads_p);
-    const int32_t j =
-        static_cast<int32_t>(blockIdx.x % tiles) * SUM_THREADS + static_cast<int32_t>(threadIdx.x);
+    const int32_t index = static_cast<int32_t>(blockIdx.x), head = index / tiles;
+    const int32_t b = head / run.d.heads_p, hp = head % run.d.heads_p;
+    const int32_t j = index % tiles * SUM_THREADS + static_cast<int32_t>(threadIdx.x);
     const pbs_seq s = pbs_dims_seq_clamped(&run.d, b);
     if (j >= run.d.max_k) return;
     const bool scored = j < pbs_complete_keys(s.kv_len, run.d.segment_size);
-    run.score[head * run.d.max_k + j] =
+    run.score[static_cast<int64_t>(head) * run.d.max_k + j] =
         scored ? pbs_random_score(run.seed, run.first_head + hp, j) : 0.0f;
 }
 
