@@ -120,13 +120,15 @@ PBS_DEVICE void load_groups(tile<ROWS, TILE_DEPTH> &to, const group_rows &from, 
     }
 }
 
-/* plan.z = scaled products of query groups [g0, + TILE_M) and key groups [b0, + TILE_N). */
+/* plan.z = scaled products of a tile of query groups and one of key groups, up to rows and cols at
+ * least: warps beyond them only help to load. */
 template <class T>
 PBS_DEVICE void group_products(const select_args &a, const group_band &w, const group_rows &q,
-                               const group_rows &k) {
+                               const group_rows &k, int32_t rows, int32_t cols) {
     PBS_SHARED(antidiagonal_plan, plan);
     const int32_t steps = pbs_ceil_div(a.p.stride * w.pieces, TILE_DEPTH / PIECE);
     const int lane = lane_id(), m0 = warp_id() % 2 * WARP_M, n0 = warp_id() / 2 * WARP_N;
+    const bool busy = m0 < rows && n0 < cols;
     float acc[WARP_M / 16][WARP_N / 8][4];
     clear(acc);
     load_groups(plan.stage[0].q, q, a.p.stride, w.pieces, 0);
@@ -142,7 +144,7 @@ PBS_DEVICE void group_products(const select_args &a, const group_band &w, const 
         ptx::cp_async_commit();
         ptx::cp_async_wait<1>();
         __syncthreads();
-        gemm_nt<T>(acc, operand_a(now.q, m0, lane), operand_b(now.k, n0, lane));
+        if (busy) gemm_nt<T>(acc, operand_a(now.q, m0, lane), operand_b(now.k, n0, lane));
         __syncthreads(); /* this stage is filled, or z is written, next */
     }
     const float scale = a.p.softmax_scale / static_cast<float>(a.p.stride);
@@ -213,7 +215,7 @@ PBS_DEVICE void meet_keys(const select_args &a, const strip_job &job, const grou
     const int32_t seen = last < g0 ? 0 : visible_of(a, job, w, last);
     for (int32_t b0 = 0; b0 < seen; b0 += TILE_N) {
         k.first = b0 * a.p.stride;
-        group_products<T>(a, w, q, k);
+        group_products<T>(a, w, q, k, last + 1 - g0, seen - b0);
         keep_sums(a, job, w, g0, b0);
     }
 }

@@ -97,14 +97,14 @@ PBS_DEVICE int32_t strip_cols(const select_args &a, const strip_job &job) {
     return cols;
 }
 
-/* Permuted block of original token 0: somewhere in the first segment. One warp. */
+/* Permuted block of original token 0: somewhere in the first segment. One warp, whose 32 places
+ * always lie in one block. */
 PBS_DEVICE int32_t first_block(const select_args &a, const strip_job &job) {
     const int32_t *k_perm = key_order(a, job);
     const int32_t end = pbs_min_i32(a.d.segment_size, job.seq.kv_len);
     for (int32_t at = 0; k_perm && at < end; at += 32) {
         const int32_t i = at + lane_id();
-        const uint32_t found = __ballot_sync(WHOLE_WARP, i < end && k_perm[i] == 0);
-        if (found) return (at + __ffs(static_cast<int>(found)) - 1) / a.d.block_k;
+        if (__any_sync(WHOLE_WARP, i < end && k_perm[i] == 0)) return at / a.d.block_k;
     }
     return 0;
 }

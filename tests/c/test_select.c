@@ -214,9 +214,11 @@ static void check_strip(const problem *p, setup *u) {
     pbs_strip strip = {rows - 1, T, log_mass, T, eligible, W};
     int32_t b = p->batch - 1, h = p->heads_q - 1;
     u->s.workspace = filled(u->s.workspace_bytes, 0xff);
-    RUN(pbs_score_strip(&u->s, b, h, 1, &strip));
+    pbs_status status = pbs_score_strip(&u->s, b, h, 1, &strip);
+    if (status != PBS_ERR_UNSUPPORTED) /* some backends keep their strips to themselves */
+        CHECK(status == PBS_OK, "pbs_score_strip: %s", pbs_last_error());
     const float *mass = u->s.mass + (((int64_t)b * p->heads_q + h) * rows + 1) * T;
-    for (int32_t i = 0; i < (rows - 1) * T; i++)
+    for (int32_t i = 0; status == PBS_OK && i < (rows - 1) * T; i++)
         CHECK(expf(log_mass[i]) == mass[i], "strip %d: %g, not %g", i, (double)expf(log_mass[i]),
               (double)mass[i]);
     free(u->s.workspace);
@@ -271,7 +273,10 @@ void test_select(void) {
     }
     for (int mode = 0; mode < 5; mode++) /* prefix, padding, no rows, more queries than keys */
         for (int method = 0; method < 2; method++) {
-            problem p = base(PBS_DTYPE_FP32, PBS_ISA_C);
+            pbs_isa isas[PBS_ISA_COUNT];
+            pbs_dtype dtype = widest_dtype();
+            available_isas(dtype, isas);
+            problem p = base(dtype, isas[0]);
             static const int32_t geometry[4][4] = {
                 {3, 0, 9, 0}, {150, 0, 291, 290}, {0, 30, 2, 1}, {400, 300, 390, 170}};
             p.batch = 4;
