@@ -12,7 +12,7 @@
 static const struct {
     const char *name;
     void (*run)(void);
-} TESTS[] = {{"score", test_score}, {"permute", test_permute}};
+} TESTS[] = {{"score", test_score}, {"permute", test_permute}, {"select", test_select}};
 
 static int wanted(const char *name, int argc, char **argv) {
     for (int i = 1; i < argc; i++)
