@@ -102,8 +102,8 @@ PBS_DEVICE void order_segment(const permute_run &run, const segment_item &item,
     for (int32_t i = thread; i < count; i += SUM_THREADS) {
         const int32_t given = item.moves ? run.k_perm_in[at + i] : item.first + i;
         /* Nobody has checked a given order: no row outside its segment is read whatever it says. */
-        const int32_t place = pbs_min_i32(pbs_max_i32(given - item.first, 0), count - 1);
-        shared.order[i] = static_cast<uint16_t>(place);
+        const int32_t key = pbs_min_i32(pbs_max_i32(given, item.first), item.end - 1);
+        shared.order[i] = static_cast<uint16_t>(key - item.first);
         if (k_perm) k_perm[i] = given;
     }
     __syncthreads();

@@ -9,16 +9,28 @@
 #include "../core/check.h"
 #include "ptx.cuh"
 
-/* Sequence b. Geometry arrays are a device's, so no host has checked them: here they are cut to
- * what the tensors hold, and garbage gives garbage but reads nothing else. */
+namespace pbs {
+
+/* array[b] or, without an array, `absent`; cut to [0, most]. */
+PBS_DEVICE int32_t clamped(const int32_t *array, int32_t b, int32_t absent, int32_t most) {
+    const int32_t given = array ? array[b] : absent;
+    return pbs_max_i32(pbs_min_i32(given, most), 0);
+}
+
+} // namespace pbs
+
+/* pbs_dims_seq, cut to what the tensors hold: geometry arrays are a device's, so no host has
+ * checked them. Garbage gives garbage but reads nothing else. */
 PBS_DEVICE pbs_seq pbs_dims_seq_clamped(const pbs_dims *d, int32_t b) {
-    pbs_seq s = pbs_dims_seq(d, b);
-    s.q_start = s.q_start < 0 ? 0 : s.q_start > d->seqlen_q ? d->seqlen_q : s.q_start;
-    s.kv_start = s.kv_start < 0 ? 0 : s.kv_start > d->seqlen_k ? d->seqlen_k : s.kv_start;
-    const int32_t rows = pbs_min_i32(d->max_q, d->seqlen_q - static_cast<int32_t>(s.q_start));
-    const int32_t keys = pbs_min_i32(d->max_k, d->seqlen_k - static_cast<int32_t>(s.kv_start));
-    s.q_len = pbs_max_i32(pbs_min_i32(s.q_len, rows), 0);
-    s.kv_len = pbs_max_i32(pbs_min_i32(s.kv_len, keys), 0);
+    const pbs_geometry &g = d->geometry;
+    const int32_t q_start = pbs::clamped(g.q_start, b, 0, d->seqlen_q);
+    const int32_t kv_start = pbs::clamped(g.kv_start, b, 0, d->seqlen_k);
+    const int32_t rows = d->seqlen_q - q_start, keys = d->seqlen_k - kv_start;
+    pbs_seq s;
+    s.q_start = q_start;
+    s.kv_start = kv_start;
+    s.q_len = pbs::clamped(g.q_len, b, rows, pbs_min_i32(rows, d->max_q));
+    s.kv_len = pbs::clamped(g.kv_len, b, keys, pbs_min_i32(keys, d->max_k));
     s.q_offset = s.kv_len - s.q_len;
     return s;
 }

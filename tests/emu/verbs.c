@@ -4,15 +4,88 @@
  * for the sanitizers too. Verbs may be named on the command line.
  */
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <time.h>
 
 #include "../c/harness.h"
 
+/* Values that no caller should pass: no host looks at a device's memory, so kernels must not read
+ * or write outside the tensors whatever they find. The sanitizers watch; results mean nothing. */
+static void fill_wrong(rng *r, int32_t *values, int64_t count, int32_t size) {
+    static const int32_t edges[] = {INT32_MIN, INT32_MIN + 1, -1, 0, 1, INT32_MAX - 1, INT32_MAX};
+    for (int64_t i = 0; i < count; i++)
+        values[i] = rng_below(r, 2) ? edges[rng_below(r, 7)] : rng_below(r, 3 * size) - size;
+}
+
+static void score_and_permute(const problem *p, pbs_order order, const int32_t *k_perm_in) {
+    size_t heads = (size_t)p->batch * (size_t)p->heads_q, rows = (size_t)p->seqlen_q;
+    pbs_score_params s = PBS_INIT(pbs_score_params);
+    s.q = p->q;
+    s.k = p->k;
+    s.geometry = p->geometry;
+    s.block_size = p->block;
+    s.segment_size = p->segment;
+    s.order = order;
+    s.score = (float *)filled(heads * (size_t)p->seqlen_k * sizeof(float), 0);
+    RUN(pbs_score_workspace_size(&s, &s.workspace_bytes));
+    s.workspace = filled(s.workspace_bytes, 0xff);
+    RUN(pbs_score(&s));
+    pbs_permute_params m = PBS_INIT(pbs_permute_params);
+    m.q = p->q;
+    m.k = p->k;
+    m.v = p->v;
+    m.score = s.score;
+    m.k_perm_in = k_perm_in;
+    m.geometry = p->geometry;
+    m.block_size = p->block;
+    m.segment_size = p->segment;
+    m.mode = PBS_PERMUTE_BOTH;
+    m.q_perm = (int32_t *)filled(heads * rows * sizeof(int32_t), 0);
+    RUN(pbs_kv_packed_bytes(&m, &m.packed_bytes));
+    m.packed = aligned_alloc(64, (m.packed_bytes + 63) / 64 * 64);
+    RUN(pbs_permute_workspace_size(&m, &m.workspace_bytes));
+    m.workspace = filled(m.workspace_bytes, 0xff);
+    RUN(pbs_permute(&m));
+    free(s.workspace);
+    free(s.score);
+    free(m.q_perm);
+    free(m.packed);
+    free(m.workspace);
+}
+
+static void test_wrong_values(void) {
+    problem p = {.batch = 3, .heads_q = 2, .heads_k = 1, .seqlen_q = 150, .seqlen_k = 300};
+    p.head_dim = 24;
+    p.block = 64;
+    p.segment = 64;
+    p.dtype = PBS_DTYPE_BF16;
+    p.has_geometry = 1;
+    int32_t k_perm[3 * 2 * 300];
+    for (uint64_t seed = 0; seed < 40; seed++) {
+        rng r = {seed};
+        memset(p.q_len, 0, sizeof p.q_len);
+        memset(p.kv_len, 0, sizeof p.kv_len);
+        problem_make(&p, seed);
+        fill_wrong(&r, p.q_start, p.batch, p.seqlen_q);
+        fill_wrong(&r, p.q_len, p.batch, p.seqlen_q);
+        fill_wrong(&r, p.kv_start, p.batch, p.seqlen_k);
+        fill_wrong(&r, p.kv_len, p.batch, p.seqlen_k);
+        fill_wrong(&r, k_perm, 3 * 2 * 300, p.seqlen_k);
+        score_and_permute(&p, (pbs_order)(seed % 4), seed % 3 ? NULL : k_perm);
+        problem_free(&p);
+        memset(p.q_start, 0, sizeof p.q_start);
+        memset(p.kv_start, 0, sizeof p.kv_start);
+    }
+}
+
 static const struct {
     const char *name;
     void (*run)(void);
-} TESTS[] = {{"score", test_score}, {"permute", test_permute}, {"select", test_select}};
+} TESTS[] = {{"score", test_score},
+             {"permute", test_permute},
+             {"select", test_select},
+             {"wrong", test_wrong_values}};
 
 static int wanted(const char *name, int argc, char **argv) {
     for (int i = 1; i < argc; i++)
