@@ -25,7 +25,9 @@ def random_blocks(heads, seqlen_q, seqlen_k, block_q=128, block_k=128, density=0
     return torch.rand(shape, generator=g) < density
 
 
-def check(q, k, v, blocks, case=None, own="segment", isa="auto", scale=None, **cut):
+def check(
+    q, k, v, blocks, case=None, own="segment", isa="auto", scale=None, *, ops=ops, **cut
+):  # fmt: skip
     """blocks bool [heads_sel, Tq, Tk], for every sequence; k in natural order."""
     cut = {"block_q": 128, "block_k": 128, "segment_size": 256} | cut
     geometry = geometry_of(case)
