@@ -90,7 +90,9 @@ emu-check: emu-check-gcc emu-check-clang emu-check-san ## CUDA kernels on a CPU:
 
 # A compiler that is not there: one loud line for a user, an error for CI.
 emu_missing = echo "*** $1: not found, its checks were NOT run ***" >&2; test "$${CI:-0}" = 0
-emu_make = $(MAKE) --no-print-directory -s -j$(shell nproc) -f tests/emu/emu.mk
+# One at a time: Python test processes and people make the library at the same time.
+emu_lock = $(if $(shell command -v flock 2>/dev/null),mkdir -p build && flock build/emu.lock)
+emu_make = $(emu_lock) $(MAKE) --no-print-directory -s -j$(shell nproc) -f tests/emu/emu.mk
 
 emu-check-gcc:
 	@$(if $(EMU_GXX),$(emu_make) emu-run-gcc,$(call emu_missing,g++))
