@@ -158,6 +158,11 @@ tensor_box box_of(const char *name, const uint64_t *words, int rank) {
     return map;
 }
 
+/* 5.5.3.1: a box starts on 16 bytes of global memory. */
+void check_start(const char *name, const int32_t *at) {
+    if (at[0] % 8) fail("%s: coordinate %d: the box does not start on 16 bytes", name, at[0]);
+}
+
 uint32_t alignment_of(const tensor_box &map) {
     const uint32_t period = pbs::swizzle_period(static_cast<pbs::swizzle>(map.mode));
     return period < 128 ? 128 : period;
@@ -215,6 +220,7 @@ void tma_load(uint32_t to, const uint64_t *words, uint32_t barrier, uint32_t blo
     const uint32_t bytes = box_bytes(map);
     const uint32_t offset = shared_offset(t, name, to, bytes, alignment_of(map));
     const uint32_t barrier_offset = shared_offset(t, name, barrier, 8, 8);
+    check_start(name, at);
     if (blocks && !(blocks & 0xffff)) fail("%s: to no block", name);
 
     load_event e;
@@ -308,6 +314,7 @@ void tma_store(const uint64_t *words, uint32_t from, int rank, const int32_t *at
     const tensor_box map = box_of(name, words, rank);
     const uint32_t bytes = box_bytes(map);
     const uint32_t offset = shared_offset(t, name, from, bytes, alignment_of(map));
+    check_start(name, at);
     check_in_flight(t, name, offset, bytes);
     check_fenced(*t.home, name, offset, bytes);
 
