@@ -39,6 +39,7 @@ struct antidiagonal_stage {
 struct antidiagonal_groups {
     float row_max[MOST_GROUPS];
     float row_inverse[MOST_GROUPS]; /* 1 / sum of e^(lse - row_max) */
+    int32_t seen[MOST_GROUPS];      /* key blocks [0, n) of which it sees something */
     float part_max[SELECT_THREADS];
     double part_sum[SELECT_THREADS];
 };
@@ -77,12 +78,6 @@ PBS_DEVICE int32_t visible_of(const select_args &a, const strip_job &job, const 
     return row < w.end
                ? pbs_visible_groups(&a.p, &a.d, job.seq, job.row_begin + g / w.per_block, row)
                : 0;
-}
-
-/* Key blocks [0, n) of which it sees something. */
-PBS_DEVICE int32_t blocks_seen(const select_args &a, const strip_job &job, const group_band &w,
-                               int32_t g) {
-    return pbs_ceil_div(visible_of(a, job, w, g), w.per_block);
 }
 
 /* Rows of one operand: row r of a tile, inner step i is row first + r t + i or, reversed,
@@ -180,14 +175,13 @@ PBS_DEVICE void keep_sums(const select_args &a, const strip_job &job, const grou
                           int32_t g0, int32_t b0) {
     PBS_SHARED(antidiagonal_plan, plan);
     const int32_t width = pbs_min_i32(w.per_block, TILE_N), parts = TILE_N / width;
-    for (int32_t task = static_cast<int32_t>(threadIdx.x); task < TILE_M * parts;
-         task += SELECT_THREADS) {
-        const int32_t r = task % TILE_M, b = task / TILE_M * width, g = g0 + r;
-        const int32_t n = (b0 + b) / w.per_block;
-        if (g >= w.groups || n >= a.d.blocks_k) continue;
-        const int32_t seen = pbs_min_i32(visible_of(a, job, w, g) - b0 - b, width);
+    const int32_t thread = static_cast<int32_t>(threadIdx.x), r = thread % TILE_M, g = g0 + r;
+    const int32_t visible = g < w.groups ? visible_of(a, job, w, g) - b0 : 0;
+    for (int32_t part = thread / TILE_M; part < parts; part += SELECT_THREADS / TILE_M) {
+        const int32_t b = part * width, n = (b0 + b) / w.per_block;
+        if (g >= w.groups || n >= a.d.blocks_k) break;
         float *lse = job.scratch + static_cast<int64_t>(n) * w.groups + g;
-        const float own = log_sum(&plan.z[r][b], seen);
+        const float own = log_sum(&plan.z[r][b], pbs_min_i32(visible - b, width));
         *lse = (b0 + b) % w.per_block ? log_add(*lse, own) : own;
     }
     __syncthreads(); /* z makes room for the next tile */
@@ -220,13 +214,13 @@ PBS_DEVICE void meet_keys(const select_args &a, const strip_job &job, const grou
     }
 }
 
-/* row_max and row_inverse of all groups: each a few threads' work, part p of `parts`. */
+/* What block_mass reads of all groups: each is a few threads' work, part p of `parts`. */
 PBS_DEVICE void normalize_groups(const select_args &a, const strip_job &job, const group_band &w) {
     PBS_SHARED(antidiagonal_plan, plan);
     antidiagonal_groups &s = plan.groups;
     const int32_t thread = static_cast<int32_t>(threadIdx.x), parts = SELECT_THREADS / w.groups;
     const int32_t g = thread % w.groups, part = thread / w.groups;
-    const int32_t seen = part < parts ? blocks_seen(a, job, w, g) : 0;
+    const int32_t seen = part < parts ? pbs_ceil_div(visible_of(a, job, w, g), w.per_block) : 0;
     const float *lse = job.scratch + g;
     float most = -INFINITY;
     for (int32_t n = part; n < seen; n += parts)
@@ -243,13 +237,15 @@ PBS_DEVICE void normalize_groups(const select_args &a, const strip_job &job, con
     __syncthreads();
     if (thread < w.groups) {
         for (int32_t p = 1; p < parts; p++) sum += s.part_sum[p * w.groups + g];
+        s.seen[g] = seen;
         s.row_max[g] = most;
         s.row_inverse[g] = static_cast<float>(1.0 / sum);
     }
     __syncthreads();
 }
 
-/* Log mass of key block n for query block r of the strip: groups in ascending order. */
+/* Log mass of key block n for query block r of the strip: groups in ascending order. -inf where
+ * none sees it, so beyond the eligible blocks too. */
 PBS_DEVICE float block_mass(const select_args &a, const strip_job &job, const group_band &w,
                             int32_t r, int32_t n) {
     PBS_SHARED(antidiagonal_plan, plan);
@@ -260,7 +256,7 @@ PBS_DEVICE float block_mass(const select_args &a, const strip_job &job, const gr
     for (int32_t i = 0; i < w.per_block; i++, exist++) {
         const int32_t g = r * w.per_block + i;
         if (w.first + g * a.p.stride >= w.end) break;
-        if (n >= blocks_seen(a, job, w, g)) continue;
+        if (n >= s.seen[g]) continue;
         const float x = job.scratch[static_cast<int64_t>(n) * w.groups + g];
         if (x == -INFINITY) continue;
         const float share = expf(x - s.row_max[g]) * s.row_inverse[g];
@@ -283,9 +279,7 @@ template <class T> struct antidiagonal {
         for (int32_t at = static_cast<int32_t>(threadIdx.x); at < job.rows * cols;
              at += SELECT_THREADS) {
             const int32_t r = at / cols, n = at % cols;
-            if (n < eligible_of(a, job, r))
-                job.log_mass[static_cast<int64_t>(r) * a.d.blocks_k + n] =
-                    block_mass(a, job, w, r, n);
+            job.log_mass[static_cast<int64_t>(r) * a.d.blocks_k + n] = block_mass(a, job, w, r, n);
         }
         __syncthreads();
     }

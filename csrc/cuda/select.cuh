@@ -90,11 +90,11 @@ PBS_DEVICE int32_t eligible_of(const select_args &a, const strip_job &job, int32
     return pbs_eligible_blocks(&a.p, &a.d, job.seq, job.row_begin + r);
 }
 
-/* Most eligible blocks of any row. */
+/* Most eligible blocks of any row: they only grow with the rows, up to the last that exists. */
 PBS_DEVICE int32_t strip_cols(const select_args &a, const strip_job &job) {
-    int32_t cols = 0;
-    for (int32_t r = 0; r < job.rows; r++) cols = pbs_max_i32(cols, eligible_of(a, job, r));
-    return cols;
+    const int32_t exist = pbs_ceil_div(job.seq.q_len, a.d.block_q) - job.row_begin;
+    const int32_t last = pbs_min_i32(job.rows, exist) - 1;
+    return last < 0 ? 0 : eligible_of(a, job, last);
 }
 
 /* Permuted block of original token 0: somewhere in the first segment. One warp, whose 32 places
