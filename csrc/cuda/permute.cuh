@@ -17,9 +17,9 @@
 
 namespace pbs {
 
-enum {
-    GATHER = 4
-}; /* rows of K and of V that a thread has under way: hides the memory's latency */
+/* Rows of K and of V that a thread has under way: hides the memory's latency, and takes 80
+ * registers a thread, so three blocks of a segment share an SM. */
+constexpr int GATHER = 4;
 
 /* Arguments of every kernel. Outputs that nobody wants are NULL. */
 struct permute_run {

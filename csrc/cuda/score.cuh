@@ -59,6 +59,7 @@ PBS_DEVICE void stats_join(float &row_max, float &row_sum, float other_max, floa
     row_max = now;
 }
 
+/* Three blocks on an SM, here and in score_columns: with four, and 128 registers, they spill. */
 template <class T> PBS_KERNEL(SCORE_THREADS, 3) score_stats(const score_run run) {
     PBS_SHARED(key_tile, shared); /* two tiles of TILE_COLUMNS keys */
     const int lane = static_cast<int>(threadIdx.x % 32);
