@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The dense route: exact attention for whatever the sparse kernels do not do.
 
-On CPUs the fastest exact kernel is our own `attend` with every block; torch's SDPA takes calls of a
-single row and what our kernels lack. The mask handed to SDPA is always built from the geometry:
-SDPA's own `is_causal` is aligned to the top left and would be wrong for every cached prefix.
+It is the fastest exact kernel there is for a call. On CPUs that is our own `attend` with every
+block; torch's SDPA takes calls of a single row and what our kernels lack. On GPUs it is SDPA's
+flash or cuDNN kernel wherever one of them says what the call means, which is without padding and
+without lse, and then our `attend`. A mask handed to SDPA is always built from the geometry: SDPA's
+own `is_causal` is aligned to the top left and would be wrong for every cached prefix.
 """
 
 import math
@@ -11,7 +13,8 @@ import math
 import torch
 import torch.nn.functional as F
 
-from . import ops
+from . import devices, ops
+from .devices import BLOCK_SIZES, kernel_lacks
 from .geometry import selected_mask, sequences, visible_mask
 from .selection import bits_to_mask
 
@@ -20,27 +23,17 @@ from .selection import bits_to_mask
 MIN_ROWS = 2
 # Rows of q per SDPA call: bounds the mask and the scores at a slice of N x N.
 CHUNK = 1024
-BLOCK_SIZES = (64, 128, 256)
-KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-MAX_HEAD_DIM = 256
-
-
-def kernel_lacks(q, v):
-    """Why `ops.attend` cannot take these tensors, as a routing reason, or None."""
-    if q.device.type != "cpu":
-        return "device"
-    if q.dtype not in KERNEL_DTYPES:
-        return "dtype"
-    if q.shape[3] % 8 or not 8 <= q.shape[3] <= MAX_HEAD_DIM:
-        return "head_dim"
-    if v.shape[3] != q.shape[3]:
-        return "head_dim_v"
-    return None
+# With other dtypes SDPA may hold all of N x N on a GPU.
+FLASH_DTYPES = (torch.float16, torch.bfloat16)
 
 
 def attention(q, k, v, geometry, softmax_scale=0.0, return_lse=False, backend="auto"):
     """Exact causal attention on (B, H, N, D): (out over (B, N, H, D) memory, lse or None)."""
-    if q.shape[2] >= MIN_ROWS and backend != "ref" and kernel_lacks(q, v) is None:
+    if devices.kind(q.device) == "cuda" and geometry.whole and not return_lse:
+        out = _flash(q, k, v, softmax_scale or None)
+        if out is not None:
+            return out, None
+    if q.shape[2] >= MIN_ROWS and backend != "ref" and kernel_lacks(q, k, v) is None:
         out, lse = ops.attend(
             q,
             k,
@@ -54,9 +47,34 @@ def attention(q, k, v, geometry, softmax_scale=0.0, return_lse=False, backend="a
     return torch_attention(q, k, v, geometry, softmax_scale, return_lse)
 
 
+def _flash(q, k, v, scale):
+    """SDPA on a call that fills its tensors, or None where it has no fused kernel for it."""
+    seqlen_q, seqlen_k, grouped = q.shape[2], k.shape[2], q.shape[1] != k.shape[1]
+    if q.dtype not in FLASH_DTYPES or q.numel() == 0 or not 1 <= seqlen_q <= seqlen_k:
+        return None
+    options = {"scale": scale, "enable_gqa": grouped}
+    if seqlen_q == seqlen_k or seqlen_q == 1:  # one row sees every key: no mask at all
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=seqlen_q > 1, **options)
+    elif not torch.compiler.is_compiling() and _flash_aligns_right(q, k, v, grouped):
+        from torch.nn.attention.bias import causal_lower_right
+
+        mask = causal_lower_right(seqlen_q, seqlen_k)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options)
+    else:
+        return None
+    return out.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _flash_aligns_right(q, k, v, grouped):
+    """True if torch would run `causal_lower_right` by its flash kernel, which needs no mask."""
+    from torch.backends.cuda import SDPAParams, can_use_flash_attention
+
+    return can_use_flash_attention(SDPAParams(q, k, v, None, 0.0, False, grouped))
+
+
 def selected(q, k, v, bits, num_k_blocks, geometry, softmax_scale, block_q, block_k, return_lse):
     """Exact causal attention over a bitmask alone, [B, Hq or Hk, Tq, W]: (out, lse or None)."""
-    if kernel_lacks(q, v) is None and block_q in BLOCK_SIZES and block_k in BLOCK_SIZES:
+    if kernel_lacks(q, k, v) is None and block_q in BLOCK_SIZES and block_k in BLOCK_SIZES:
         out, lse = ops.attend(
             q,
             k,

@@ -4,7 +4,7 @@
 | variable | values | meaning |
 | --- | --- | --- |
 | PBS_ATTN_CONFIG | JSON text or path | the default `PBSConfig` |
-| PBS_ATTN_BACKEND | auto, cpu, ref | ref runs `reference.py` instead of the kernels |
+| PBS_ATTN_BACKEND | auto, cpu, cuda, ref | whose kernels may run; ref runs `reference.py` |
 | PBS_ATTN_STRICT | 0, 1 | raise instead of taking the dense route for want of support |
 | PBS_ATTN_DISABLE | 0, 1 | always take the dense route |
 | PBS_ATTN_LOG | debug, info, warning, error | level of the logger `pbs_attn` |
@@ -20,7 +20,7 @@ import torch
 
 from .config import PBSConfig
 
-BACKENDS = ("auto", "cpu", "ref")
+BACKENDS = ("auto", "cpu", "cuda", "ref")
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
 _LEVELS = ("debug", "info", "warning", "error")
 
@@ -80,17 +80,20 @@ def default_config():
 _DEFAULT = PBSConfig()
 
 
-def build_info():
+def build_info(gpus=False):
     """What was built and what runs here, as one dictionary that JSON can hold.
 
     `core` is what the C core says of itself (compiler, flags, instruction sets), `isa` what a
-    call would run per dtype now, `libraries` whether each library is loaded and, if not, why.
+    call would run per dtype on the CPU now, `libraries` whether each library is loaded and, if
+    not, why, `cuda` what the CUDA library holds (None if it is not loaded). No GPU is asked for
+    anything unless gpus=True, which starts CUDA and adds `driver` and `gpus`: name, compute
+    capability, memory, and why no kernels run there (None if they do).
     """
     from . import __version__ as version
     from . import _load
 
     core = _load.C.build_info()
-    return {
+    info = {
         "version": version,
         "torch": torch.__version__,
         "core": json.loads(core) if isinstance(core, str) else core,
@@ -98,4 +101,35 @@ def build_info():
         "cpu": dict(_load.C.cpu_capabilities()),
         "backend": current.backend,
         "libraries": _load.libraries(),
+        "cuda": _load.CUDA.build_info() if _load.CUDA else None,
     }
+    return info | {"driver": _driver(), "gpus": _gpus()} if gpus else info
+
+
+def _driver():
+    """Version of NVIDIA's kernel driver, None where there is none."""
+    try:
+        with open("/proc/driver/nvidia/version", encoding="utf-8") as file:
+            words = file.readline().split()
+    except OSError:
+        return None
+    return next((word for word in words if word[:1].isdigit() and "." in word), None)
+
+
+def _gpus():
+    from . import devices
+
+    if not torch.version.cuda or not torch.cuda.is_available():
+        return []
+    found = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        found.append(
+            {
+                "name": properties.name,
+                "capability": f"{properties.major}.{properties.minor}",
+                "memory_bytes": properties.total_memory,
+                "refusal": devices.refusal(torch.device("cuda", index)),
+            }
+        )
+    return found

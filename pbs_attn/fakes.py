@@ -61,7 +61,7 @@ def _permute(
     packed_bytes = 0
     if pack:
         packed_bytes = _load.kv_packed_bytes(
-            int(s.num), int(s.num_heads), int(s.num_heads_k), int(s.max_q), int(s.max_k),
+            q.device, int(s.num), int(s.num_heads), int(s.num_heads_k), int(s.max_q), int(s.max_k),
             int(s.head_dim), q.dtype, block_size, segment_size, gqa, permute_mode, isa,
         )  # fmt: skip
     return k_perm, q_perm, *pools, q.new_empty(packed_bytes, dtype=torch.uint8)

@@ -3,7 +3,7 @@
 
 import torch
 
-from . import _load, checks, dense, env
+from . import _load, checks, dense, devices, env
 from .config import PBSConfig
 from .fakes import refuse_grad
 from .geometry import Geometry, ceil_div, max_lengths
@@ -54,7 +54,9 @@ def pbs_attention(
                   int32 or int64 [B + 1]: cumulative lengths of packed sequences (keys default to
                   those of the queries)
     max_seqlen_q, max_seqlen_k
-                  upper bounds of the lengths; the plan is sized by them
+                  upper bounds of the lengths; the plan is sized by them. Packed sequences on a
+                  GPU should name them: their lengths are not read there, as that would be a
+                  synchronisation, and all of total is taken for the bound
     tau           number, or float [Hq] per query head; default config.tau
     permute_heads bool or int [Hp]: 0 leaves a head in natural order
     out           where to write, shaped as the result; rows outside the sequences are left alone
@@ -203,11 +205,12 @@ def _mask_bits(block_mask, q, k, geometry, block_q, block_k):
     return bits.expand(num, heads_sel, -1, -1).contiguous(), tk
 
 
-def workspace_size(q_shape, k_shape, dtype, config=None, num_threads=None):
+def workspace_size(q_shape, k_shape, dtype, config=None, num_threads=None, device="cpu"):
     """Bytes of scratch memory that a sparse `pbs_attention` takes while it runs.
 
-    q_shape (B, Hq, Nq, D), k_shape (B, Hk, Nk, D); num_threads: default torch.get_num_threads().
-    Outputs are not counted. Raises NotImplementedError for what the kernels do not take.
+    q_shape (B, Hq, Nq, D), k_shape (B, Hk, Nk, D); num_threads: of a CPU, default
+    torch.get_num_threads(). Outputs are not counted. Raises NotImplementedError for what the
+    kernels do not take and for a device whose library is not loaded.
 
     >>> import torch, pbs_attn
     >>> pbs_attn.workspace_size((1, 8, 8192, 64), (1, 2, 8192, 64), torch.bfloat16) > 0
@@ -217,10 +220,15 @@ def workspace_size(q_shape, k_shape, dtype, config=None, num_threads=None):
     for name, shape in (("q_shape", q_shape), ("k_shape", k_shape)):
         if len(shape) != 4:
             checks.fail(name, tuple(shape), "4 sizes (B, H, N, D)")
-    if dtype not in dense.KERNEL_DTYPES:
-        checks.fail("dtype", dtype, "torch.float32, torch.float16 or torch.bfloat16", TypeError)
+    device = torch.device(device)
+    if device.type not in devices.DTYPES:
+        checks.fail("device", device, "cpu or cuda", NotImplementedError)
+    library = _load.of(device)
+    dtypes = devices.DTYPES[device.type]
+    if dtype not in dtypes:
+        checks.fail("dtype", dtype, ", ".join(str(x) for x in dtypes), TypeError)
     batch, num_heads, seqlen_q, head_dim = q_shape
-    return _load.C.prefill_workspace_size(
+    return library.prefill_workspace_size(
         batch=batch,
         num_heads=num_heads,
         num_heads_k=k_shape[1],

@@ -5,7 +5,7 @@ import math
 
 import torch
 
-from . import dense, env, ops, routing, stats
+from . import dense, devices, env, ops, routing, stats
 from .geometry import ceil_div, max_lengths, sequences
 from .plan import Plan, dense_plan
 from .selection import mask_to_bits
@@ -37,7 +37,7 @@ def attention(
     if return_plan or stats.recording():
         seqs = sequences(geometry, q.shape[0], q.shape[2], k.shape[2], q.device)
     if reason is not None:
-        routing.fall_back(reason, config.strict)
+        routing.fall_back(reason, config.strict, q.device)
         with stats.timed("dense", q.device):
             backend = env.current.backend
             result, lse = dense.attention(q, k, v, geometry, softmax_scale, return_lse, backend)
@@ -77,7 +77,8 @@ def _prefill(
         "tau_heads": tau_heads,
         "permute_heads": permute_heads,
     }
-    if out is not None and not return_plan and not stats.recording():
+    direct = out is not None and (devices.kind(q.device) == "cpu" or devices.aligned(out))
+    if direct and not return_plan and not stats.recording():
         lse = None
         if return_lse:
             lse = q.new_full(q.shape[:3], -math.inf, dtype=torch.float32)
@@ -101,6 +102,9 @@ def _prefill_reference(
     options |= geometry._asdict()
     for name in ("min_q", "min_kv", "strict", "max_seqlen_q", "max_seqlen_k"):
         del options[name]
+    device = q.device
+    q, k, v, permute_heads, *rest = _on_cpu(q, k, v, permute_heads, *options.values())
+    options = dict(zip(options, rest, strict=True))
     result, lse, plans = reference.prefill_batch(
         q, k, v, softmax_scale=softmax_scale, permute_heads=permute_heads, **options
     )
@@ -113,9 +117,14 @@ def _prefill_reference(
         chosen = plan.selection.bits
         mask[b, :, : chosen.shape[1], : chosen.shape[2]] = chosen
         k_perm[b, :, : plan.k_perm.shape[1]] = plan.k_perm.to(torch.int32)
-    result = write_rows(out, result.transpose(1, 2).contiguous().transpose(1, 2), geometry)
-    count = mask.sum(-1).to(torch.int32)
-    return result, lse.float() if return_lse else None, count, mask_to_bits(mask), k_perm
+    result = result.to(device).transpose(1, 2).contiguous().transpose(1, 2)
+    lse = lse.float().to(device) if return_lse else None
+    plan = (mask.sum(-1).to(torch.int32), mask_to_bits(mask), k_perm)
+    return write_rows(out, result, geometry), lse, *(x.to(device) for x in plan)
+
+
+def _on_cpu(*values):
+    return [x.cpu() if isinstance(x, torch.Tensor) else x for x in values]
 
 
 def write_rows(out, result, geometry):

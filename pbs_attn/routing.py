@@ -6,8 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import checks, env
-from .dense import BLOCK_SIZES, kernel_lacks
+from . import checks, devices, env
 
 # Every reason for the dense route, in the order in which they are looked for.
 REASONS = {
@@ -24,10 +23,11 @@ REASONS = {
     "grad": "an input requires grad and there is no backward",
     "short_q": "fewer query rows than min_q",
     "short_kv": "fewer keys than min_kv",
-    "device": "there are no sparse kernels for the device",
-    "dtype": "the dtype is not float32, bfloat16 or float16",
+    "device": "no sparse kernels run on the device",
+    "dtype": "the dtype is not float32, bfloat16 or float16, or on a GPU not one of the last two",
     "head_dim": "head_dim is not a multiple of 8 up to 256",
     "head_dim_v": "values have another head_dim than keys",
+    "alignment": "rows of q, k or v do not start on multiples of 16 bytes",
     "block_size": "block_size is not 64, 128 or 256",
     "segment_size": "segment_size is above 2048",
     "stride": "stride does not divide block_size",
@@ -35,20 +35,20 @@ REASONS = {
 # Reasons that are no lack of support: strict mode does not raise for them.
 BY_DESIGN = ("disabled", "short_q", "short_kv")
 
-MAX_SEGMENT_SIZE = 2048
-
 
 class Lengths(NamedTuple):
     min_q: int
     min_kv: int
 
 
-# Below these lengths the sparse call is the dense call: speed, never correctness. On one Zen 3 core
-# (8 query heads, 2 key heads, tau 0.9, fp32 D 64 and bf16 D 128) a one-shot prefill breaks even
-# near 2,048 keys; a chunk over 4,096 or 8,192 keys needs 1,024 to 2,048 rows to pay for ordering
-# and packing them.
+# Below these lengths the sparse call is the dense call: speed, never correctness. By family of
+# device (devices.family: "cpu", "cuda:8.0", "cuda:9.0", ...). On one Zen 3 core (8 query heads, 2
+# key heads, tau 0.9, fp32 D 64 and bf16 D 128) a one-shot prefill breaks even near 2,048 keys; a
+# chunk over 4,096 or 8,192 keys needs 1,024 to 2,048 rows to pay for ordering and packing them.
 MIN_LENGTHS = {"cpu": Lengths(1024, 2048)}
-MIN_LENGTHS_ELSEWHERE = Lengths(1024, 8192)
+# No GPU is measured yet. This is on the safe side of what the paper reports (slower than dense at
+# 8K, faster from 16K on); tools/gpu_check.sh prints a GPU's own line for the table.
+MIN_LENGTHS_ELSEWHERE = Lengths(2048, 16384)
 
 _said = set()
 
@@ -60,7 +60,7 @@ class Decision(NamedTuple):
 
 def min_lengths(config, device):
     """The config's min_q and min_kv, or the measured defaults of the device."""
-    default = MIN_LENGTHS.get(device.type, MIN_LENGTHS_ELSEWHERE)
+    default = MIN_LENGTHS.get(devices.family(device), MIN_LENGTHS_ELSEWHERE)
     return Lengths(
         default.min_q if config.min_q is None else config.min_q,
         default.min_kv if config.min_kv is None else config.min_kv,
@@ -82,12 +82,12 @@ def reason_for_dense(q, k, v, config, seqlen_q=None, seqlen_k=None):
     if seqlen_k < least.min_kv:
         return "short_kv"
     if env.current.backend != "ref":
-        lack = kernel_lacks(q, v)
+        lack = devices.kernel_lacks(q, k, v)
         if lack is not None:
             return lack
-        if config.block_size not in BLOCK_SIZES:
+        if config.block_size not in devices.BLOCK_SIZES:
             return "block_size"
-        if config.segment_size > MAX_SEGMENT_SIZE:
+        if config.segment_size > devices.MAX_SEGMENT_SIZE:
             return "segment_size"
     elif v.shape[3] != q.shape[3]:
         return "head_dim_v"
@@ -100,17 +100,26 @@ def decide(q, k, v, config, seqlen_q=None, seqlen_k=None):
     return Decision("pbs") if reason is None else Decision("dense", reason)
 
 
-def fall_back(reason, strict=False):
-    """Say once that calls go dense for `reason`; in strict mode raise, unless it is by design."""
+def fall_back(reason, strict=False, device=None):
+    """Say once that calls go dense for `reason`; in strict mode raise, unless it is by design.
+
+    device: of the call, so that the reason "device" can say what is wrong with it."""
     if reason not in BY_DESIGN and (strict or env.current.strict):
         raise NotImplementedError(
-            f"strict mode: no sparse kernel for this call, reason {reason}: {REASONS[reason]}"
+            f"strict mode: no sparse kernel for this call, reason {reason}: "
+            f"{_explain(reason, device)}"
         )
     if torch.compiler.is_compiling() or reason in _said:
         return
     _said.add(reason)
     say = env.logger.debug if reason in BY_DESIGN else env.logger.warning
-    say("dense attention from here on for calls with reason %s: %s", reason, REASONS[reason])
+    text = _explain(reason, device)
+    say("dense attention from here on for calls with reason %s: %s", reason, text)
+
+
+def _explain(reason, device):
+    detail = devices.refusal(device) if reason == "device" and device is not None else None
+    return REASONS[reason] if detail is None else f"{REASONS[reason]} {device}: {detail}"
 
 
 def supports(

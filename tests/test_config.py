@@ -94,7 +94,7 @@ def test_environment(tmp_path):
     "values, text",
     [
         ({"PBS_ATTN_STRICT": "maybe"}, "PBS_ATTN_STRICT is 'maybe'"),
-        ({"PBS_ATTN_BACKEND": "tpu"}, "PBS_ATTN_BACKEND is 'tpu'.*auto, cpu, ref"),
+        ({"PBS_ATTN_BACKEND": "tpu"}, "PBS_ATTN_BACKEND is 'tpu'.*auto, cpu, cuda, ref"),
         ({"PBS_ATTN_LOG": "loud"}, "PBS_ATTN_LOG is 'loud'"),
         ({"PBS_ATTN_CONFIG": '{"tau": -1}'}, "PBS_ATTN_CONFIG.*tau is -1"),
         ({"PBS_ATTN_CONFIG": "/no/such/file"}, "PBS_ATTN_CONFIG.*/no/such/file"),

@@ -19,9 +19,7 @@ ENUMS = {  # the numbers of csrc/include/pbs/pbs.h
     "rule": ("prefix", "relative", "absolute", "budget"),
     "own": ("segment", "block", "mask", "none", "all"),
 }
-ISAS = (
-    None, "c", "avx2", "avx512", "avx512bf16", "emu_avx2", "emu_avx512", "emu_avx512bf16", "sm80",
-)  # fmt: skip
+ISAS = (None, "c", "avx2", "avx512", "avx512bf16", "emu_avx2", "emu_avx512", "emu_avx512bf16")
 WHOLE = (None, None, None, None, 0, 0)  # no geometry
 
 

@@ -13,7 +13,7 @@ import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from .. import env, prefill, routing, stats
-from ..dense import kernel_lacks
+from ..devices import kernel_lacks
 from ..geometry import Geometry
 from . import masks
 
@@ -77,7 +77,7 @@ def attention_forward(
         )
         return out.transpose(1, 2), None
 
-    routing.fall_back(reason, config.strict)
+    routing.fall_back(reason, config.strict, query.device)
     with stats.timed("dense", query.device):
         if causal and mask is None:
             window = sliding_window if windowed else None
@@ -116,7 +116,7 @@ def _kernel_takes(query, key, value, geometry):
     if query.shape[2] == 1:
         return False
     plain = geometry.whole and query.shape[2] == key.shape[2]
-    return not plain or kernel_lacks(query, value) is None
+    return not plain or kernel_lacks(query, key, value) is None
 
 
 def _unit_stride(x):

@@ -135,7 +135,10 @@ def _fit(attention_mask, kv_length, kv_offset):
 
 def _row_geometry(offset, q_length, batch, device):
     """Geometry without padding: keys [0, offset + q_length) of a longer buffer."""
-    offset = torch.as_tensor(offset, dtype=torch.int32, device=device)
+    if isinstance(offset, torch.Tensor):
+        offset = offset.to(device, torch.int32)
+    else:  # filled in place: a number copied to a GPU would be a synchronisation
+        offset = torch.full((), offset, dtype=torch.int32, device=device)
     zero = torch.zeros_like(offset)
     row = torch.stack([zero, zero + q_length, zero, offset + q_length])
     return row.expand(batch, 1, 1, GEOMETRY_SIZE)
