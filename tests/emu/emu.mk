@@ -15,12 +15,12 @@ EMU_CFLAGS := -std=c11 -ffp-contract=off -fPIC -g $(EMU_WARN) $(EMU_INCLUDE)
 # Fibers leave their stacks without returning, which the check for use after return cannot follow.
 EMU_SAN := -O1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer \
 	-fno-sanitize=integer-divide-by-zero \
-	-DEMU_TEST_THIN=4
+	-DEMU_TEST_THIN=4 -DPBS_TEST_THIN=3
 
 EMU_RUNTIME := $(filter-out tests/emu/test_%.cc,$(wildcard tests/emu/*.cc))
 EMU_TESTS := $(wildcard tests/emu/test_*.cc) csrc/cuda/tensor_map.cu csrc/core/status.c
 EMU_VERBS := tests/emu/verbs.c $(addprefix tests/c/,harness.c brute.c test_score.c test_permute.c \
-	test_select.c)
+	test_select.c test_attend.c)
 EMU_LIBRARY := $(wildcard csrc/core/*.c csrc/cuda/*.c csrc/cuda/*.cu)
 
 emu_first = $(firstword $(foreach c,$1,$(shell command -v $(c) 2>/dev/null)))

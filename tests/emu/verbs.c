@@ -18,7 +18,38 @@ static void fill_wrong(rng *r, int32_t *values, int64_t count, int32_t size) {
         values[i] = rng_below(r, 2) ? edges[rng_below(r, 7)] : rng_below(r, 3 * size) - size;
 }
 
-static void score_and_permute(const problem *p, pbs_order order, const int32_t *k_perm_in) {
+/* attend over the packed rows of m, with an order of rows as wrong as everything else. */
+static void attend_packed(const problem *p, const pbs_permute_params *m, const int32_t *q_perm,
+                          uint64_t seed) {
+    const pbs_own own = (pbs_own)(seed % 5);
+    const int permutes_rows = own == PBS_OWN_SEGMENT || own == PBS_OWN_NONE || own == PBS_OWN_ALL;
+    size_t words = (size_t)(p->batch * p->heads_q * problem_blocks_q(p) * problem_words(p));
+    rng r = {seed};
+    pbs_attend_params s = PBS_INIT(pbs_attend_params);
+    s.q = p->q;
+    s.k = p->k;
+    s.v = p->v;
+    s.packed = m->packed;
+    s.packed_bytes = m->packed_bytes;
+    uint32_t *bits = (uint32_t *)filled(words * sizeof *bits, 0);
+    for (size_t i = 0; i < words; i++) bits[i] = rng_next(&r);
+    s.bits = bits;
+    s.q_perm = permutes_rows ? q_perm : NULL;
+    s.geometry = p->geometry;
+    s.block_q = s.block_k = p->block;
+    s.segment_size = p->segment;
+    s.own = own;
+    s.out = p->out;
+    s.lse = p->lse;
+    RUN(pbs_attend_workspace_size(&s, &s.workspace_bytes));
+    s.workspace = filled(s.workspace_bytes, 0xff);
+    RUN(pbs_attend(&s));
+    free(s.workspace);
+    free(bits);
+}
+
+static void all_but_select(const problem *p, uint64_t seed, const int32_t *k_perm_in,
+                           const int32_t *q_perm) {
     size_t heads = (size_t)p->batch * (size_t)p->heads_q, rows = (size_t)p->seqlen_q;
     pbs_score_params s = PBS_INIT(pbs_score_params);
     s.q = p->q;
@@ -26,7 +57,7 @@ static void score_and_permute(const problem *p, pbs_order order, const int32_t *
     s.geometry = p->geometry;
     s.block_size = p->block;
     s.segment_size = p->segment;
-    s.order = order;
+    s.order = (pbs_order)(seed % 4);
     s.score = (float *)filled(heads * (size_t)p->seqlen_k * sizeof(float), 0);
     RUN(pbs_score_workspace_size(&s, &s.workspace_bytes));
     s.workspace = filled(s.workspace_bytes, 0xff);
@@ -47,6 +78,7 @@ static void score_and_permute(const problem *p, pbs_order order, const int32_t *
     RUN(pbs_permute_workspace_size(&m, &m.workspace_bytes));
     m.workspace = filled(m.workspace_bytes, 0xff);
     RUN(pbs_permute(&m));
+    attend_packed(p, &m, q_perm, seed);
     free(s.workspace);
     free(s.score);
     free(m.q_perm);
@@ -61,7 +93,8 @@ static void test_wrong_values(void) {
     p.segment = 64;
     p.dtype = PBS_DTYPE_BF16;
     p.has_geometry = 1;
-    int32_t k_perm[3 * 2 * 300];
+    int32_t k_perm[3 * 2 * 300], q_perm[3 * 2 * 150], tau[2]; /* tau: bits of floats, NaN too */
+    float tau_heads[2];
     for (uint64_t seed = 0; seed < 40; seed++) {
         rng r = {seed};
         memset(p.q_len, 0, sizeof p.q_len);
@@ -85,6 +118,7 @@ static const struct {
 } TESTS[] = {{"score", test_score},
              {"permute", test_permute},
              {"select", test_select},
+             {"attend", test_attend},
              {"wrong", test_wrong_values}};
 
 static int wanted(const char *name, int argc, char **argv) {
