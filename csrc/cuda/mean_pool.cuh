@@ -11,13 +11,15 @@
 #ifndef PBS_CUDA_MEAN_POOL_CUH
 #define PBS_CUDA_MEAN_POOL_CUH
 
+#include "row_sums.cuh"
 #include "select.cuh"
 
 namespace pbs {
 
 constexpr int MEAN_POOL_ROWS = 16;
 constexpr int TILE_KEYS = 2 * SELECT_THREADS;
-constexpr int FLOATS = 4; /* in a wide read */
+constexpr int FLOATS = 4;     /* in a wide read */
+constexpr int POOL_DEPTH = 4; /* rows that a lane has asked for at a time */
 
 struct mean_pool_plan {
     /* A row of 12: eight lanes that read wide meet 32 different banks. */
@@ -42,11 +44,17 @@ PBS_DEVICE void pool_queries(const select_args &a, const strip_job &job, int32_t
     const head_rows rows = rows_of(a.p.q, job.batch, job.head, job.seq.q_start);
     const int32_t *q_perm = query_order(a, job);
     float part[PIECE] = {}, sum[PIECE];
-    for (int32_t i = sub < at_once ? sub : count; i < count; i += at_once) {
-        float x[PIECE];
-        to_floats<T>(*piece_of(rows, permuted(q_perm, first + i, job.seq.q_len), piece), x);
+    for (int32_t i = sub < at_once ? sub : count; i < count; i += POOL_DEPTH * at_once) {
+        uint4 piece_of_row[POOL_DEPTH] = {};
         PBS_UNROLL
-        for (int e = 0; e < PIECE; e++) part[e] += x[e];
+        for (int u = 0; u < POOL_DEPTH; u++) {
+            const int32_t row = i + u * at_once;
+            if (row < count)
+                piece_of_row[u] =
+                    *piece_of(rows, permuted(q_perm, first + row, job.seq.q_len), piece);
+        }
+        PBS_UNROLL
+        for (int u = 0; u < POOL_DEPTH; u++) add_piece<T>(part, piece_of_row[u]);
     }
     PBS_UNROLL
     for (int e = 0; e < PIECE; e++) {
