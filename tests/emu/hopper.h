@@ -22,6 +22,7 @@ struct mbarrier {
     bool valid;
     int64_t count, pending, bytes; /* bytes: expected minus arrived */
     uint64_t phase;
+    bool spoilt; /* a box that landed here found its destination written */
     wait_queue waiting;
 };
 

@@ -13,16 +13,19 @@ namespace emu {
 constexpr uint64_t OBJECT = 0xFFFDB0B0FFFDB0B0ull;
 constexpr int64_t LIMIT = (1 << 20) - 1; /* of arrivals and of bytes. 9.7.13.15.2 */
 
-static std::string state_of(const mbarrier &m) {
-    return format("mbarrier at byte %u: phase %llu, %lld of %lld arrivals missing, %lld bytes",
-                  m.offset, static_cast<unsigned long long>(m.phase),
-                  static_cast<long long>(m.pending), static_cast<long long>(m.count),
-                  static_cast<long long>(m.bytes));
-}
+#define STATE_TEXT "mbarrier at byte %u: phase %llu, %lld of %lld arrivals missing, %lld bytes"
+#define STATE_OF(m)                                                                              \
+    (m).offset, static_cast<unsigned long long>((m).phase), static_cast<long long>((m).pending), \
+        static_cast<long long>((m).count), static_cast<long long>((m).bytes)
 
 static std::string wait_state(const thread &t) {
-    return format("parity %d; ", static_cast<int>(t.waits.value & 1)) +
-           state_of(*static_cast<const mbarrier *>(t.waits.object));
+    const mbarrier &m = *static_cast<const mbarrier *>(t.waits.object);
+    return format("parity %d; " STATE_TEXT, static_cast<int>(t.waits.value & 1), STATE_OF(m));
+}
+
+/* Without a string: fail() unwinds nothing. */
+[[noreturn]] static void fail_at(const char *name, const char *what, const mbarrier &m) {
+    fail("%s: %s: " STATE_TEXT, name, what, STATE_OF(m));
 }
 
 static mbarrier *find(hopper &h, uint32_t offset) {
@@ -72,7 +75,7 @@ void mbarrier_init(uint32_t address, uint32_t count) {
         h.barriers.emplace_back();
         m = &h.barriers.back();
     }
-    *m = {offset, true, count, count, 0, 0, wait_queue()};
+    *m = {offset, true, count, count, 0, 0, false, wait_queue()};
     memcpy(t.home->shared + offset, &OBJECT, sizeof OBJECT);
 }
 
@@ -80,7 +83,7 @@ void mbarrier_inval(uint32_t address) {
     thread &t = self();
     const uint32_t offset = shared_offset(t, "mbarrier.inval", address, 8, 8);
     mbarrier &m = mbarrier_at(*t.home, "mbarrier.inval", offset);
-    if (m.waiting.first || m.bytes) fail("mbarrier.inval: in use: %s", state_of(m).c_str());
+    if (m.waiting.first || m.bytes) fail_at("mbarrier.inval", "in use", m);
     m.valid = false;
     memcpy(t.home->shared + offset, &POISON, 4);
     memcpy(t.home->shared + offset + 4, &POISON, 4);
@@ -92,8 +95,8 @@ void mbarrier_arrive(const char *name, uint32_t address, bool expect, uint32_t b
     const uint32_t offset = shared_offset(t, name, address, 8, 8);
     mbarrier &m = mbarrier_at(home, name, offset);
     if (expect) m.bytes += bytes;
-    if (m.bytes > LIMIT) fail("%s: more than 2^20 - 1 bytes: %s", name, state_of(m).c_str());
-    if (!m.pending) fail("%s: an arrival beyond the count: %s", name, state_of(m).c_str());
+    if (m.bytes > LIMIT) fail_at(name, "more than 2^20 - 1 bytes", m);
+    if (!m.pending) fail_at(name, "an arrival beyond the count", m);
     m.pending--;
     complete_if_over(m);
     perhaps_yield();
@@ -106,6 +109,7 @@ void mbarrier_wait(uint32_t address, uint32_t parity) {
     mbarrier &m = mbarrier_at(*t.home, name, offset);
     if (parity > 1) fail("%s: parity %u", name, parity);
     while ((m.phase & 1) == parity) wait_in(m.waiting, {name, wait_state, &m, parity});
+    if (m.spoilt) fail_at(name, "the destination of a bulk copy was written in flight", m);
 }
 
 } // namespace emu

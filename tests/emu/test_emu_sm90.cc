@@ -16,8 +16,8 @@ using namespace toy90;
 
 namespace {
 
-constexpr int SEEDS = 8 / EMU_TEST_THIN;
-constexpr int MANY_SEEDS = 20 / EMU_TEST_THIN;
+constexpr int SEEDS = EMU_TEST_THIN > 1 ? 1 : 8;
+constexpr int MANY_SEEDS = EMU_TEST_THIN > 1 ? 3 : 20;
 const char *const DELIVERY[] = {"lazy", "random", "eager"};
 
 /* [heads, len, head_dim], rows in chunks as wide as the swizzle. */
@@ -141,9 +141,9 @@ void check_caught(const char *name, int lazy, int random, int eager, const char 
     for (int delivery = 0; delivery < 3; delivery++) {
         std::string error;
         const int count = caught<bug>(x, delivery, error);
-        CHECK(count >= least[delivery] / EMU_TEST_THIN, "%s, %s: seen in %d of %d seeds", name,
+        CHECK(count >= least[delivery] * SEEDS / 8, "%s, %s: seen in %d of %d seeds", name,
               DELIVERY[delivery], count, SEEDS);
-        if (delivery == emu::LAZY)
+        if (delivery == emu::LAZY && count)
             CHECK(*words ? error.find(words) != std::string::npos : error.empty(),
                   "%s: \"%s\" expected, got: %s", name, words, error.c_str());
     }
@@ -161,19 +161,22 @@ EMU_TEST(sm90_attend) {
 
 /* 96: the narrower swizzle; 256: half as many keys a step. */
 EMU_TEST(sm90_attend_head_dims) {
-    check_correct<64>(2, 130, 257, MANY_SEEDS / 4);
-    check_correct<96>(2, 130, 257, MANY_SEEDS / 4);
-    check_correct<256>(1, 130, 257, MANY_SEEDS / 4);
+    check_correct<64>(2, 130, 257, (MANY_SEEDS + 3) / 4);
+    check_correct<96>(2, 130, 257, (MANY_SEEDS + 3) / 4);
+    check_correct<256>(1, 130, 257, (MANY_SEEDS + 3) / 4);
 }
 
 EMU_TEST(sm90_attend_bugs) {
 #define CAUGHT(bug, ...) check_caught<bug>(#bug, __VA_ARGS__)
     CAUGHT(NO_FIRST_K_WAIT, 8, 1, 0, "a bulk copy of thread 0 is under way to it");
+    CAUGHT(HALF_THE_BYTES, 8, 8, 8, "0 of 1 arrivals missing, -16384 bytes");
+    CAUGHT(P_REWRITTEN, 8, 8, 8, "was changed while the wgmma that reads it is in flight");
+    CAUGHT(NO_STORE_WAIT, 8, 8, 8, "which a bulk store has yet to read");
+#if EMU_TEST_THIN == 1 /* each is a kernel to compile */
     CAUGHT(NO_V_WAIT, 8, 1, 0, "a bulk copy of thread 0 is under way to it");
     CAUGHT(PRODUCER_PHASE_0, 8, 8, 8, "2 of 2 arrivals missing");
     CAUGHT(CONSUMER_PHASE_1, 8, 8, 8, "a bulk copy of thread 0 is under way to it");
     CAUGHT(NO_EMPTY_WAIT, 8, 8, 8, "an arrival beyond the count");
-    CAUGHT(HALF_THE_BYTES, 8, 8, 8, "0 of 1 arrivals missing, -16384 bytes");
     CAUGHT(NO_BARRIER_AFTER_INIT, 4, 4, 4, "is not initialised");
     CAUGHT(WRONG_SWIZZLE, 8, 8, 8, "whose swizzle does not start on 512 bytes");
     CAUGHT(STRIDES_SWAPPED, 8, 8, 8, "");
@@ -181,14 +184,13 @@ EMU_TEST(sm90_attend_bugs) {
     CAUGHT(WRONG_MASK_COLUMN, 8, 8, 8, "");
     CAUGHT(NO_WGMMA_WAIT, 8, 8, 8, "was touched while a wgmma on it is in flight");
     CAUGHT(NO_WGMMA_FENCE, 8, 8, 8, "without a wgmma.fence");
-    CAUGHT(P_REWRITTEN, 8, 8, 8, "was changed while the wgmma that reads it is in flight");
     CAUGHT(O_SCALED_EARLY, 8, 8, 8, "");
     CAUGHT(V_RELEASED_EARLY, 8, 2, 1, "wgmma");
     CAUGHT(WRONG_STMATRIX_LANES, 8, 8, 8, "");
     CAUGHT(OUT_NOT_SWIZZLED, 8, 8, 8, "");
     CAUGHT(NO_PROXY_FENCE, 8, 8, 8, "without fence.proxy.async");
     CAUGHT(NO_BARRIER_BEFORE_STORE, 8, 8, 8, "bulk");
-    CAUGHT(NO_STORE_WAIT, 8, 8, 8, "which a bulk store has yet to read");
     CAUGHT(TOO_MANY_REGISTERS, 8, 8, 8, "setmaxnreg.inc (to 232, has 168;");
+#endif
 #undef CAUGHT
 }

@@ -181,6 +181,15 @@ void check_tensor_map(const uint64_t *map) { box_of("prefetch.tensormap", map, 0
 /* ---- loads ----------------------------------------------------------------------------------- */
 namespace {
 
+void poison(block &b, uint32_t offset, uint32_t bytes) {
+    for (uint32_t i = 0; i < bytes; i += 4) memcpy(b.shared + offset + i, &POISON, 4);
+}
+
+bool is_poison(const block &b, uint32_t offset, uint32_t bytes) {
+    const unsigned char *at = b.shared + offset;
+    return !memcmp(at, &POISON, 4) && !memcmp(at, at + 4, bytes - 4);
+}
+
 struct load_event : event {
     thread *issuer;
     tensor_box map;
@@ -199,16 +208,13 @@ struct load_event : event {
         for (int i = 0; i < count; i++) {
             block &home = *homes[i];
             set_flight(home, offset, bytes, 0);
+            if (!is_poison(home, offset, bytes)) barriers[i]->spoilt = true; /* who waits says so */
             load_box(map, at, home.shared, offset);
             hopper_of(home).loads_in_flight--;
             mbarrier_complete_bytes(home, *barriers[i], bytes);
         }
     }
 };
-
-void poison(block &b, uint32_t offset, uint32_t bytes) {
-    for (uint32_t i = 0; i < bytes; i += 4) memcpy(b.shared + offset + i, &POISON, 4);
-}
 
 } // namespace
 
