@@ -50,8 +50,11 @@ def attention(q, k, v, geometry, softmax_scale=0.0, return_lse=False, backend="a
 def _flash(q, k, v, scale):
     """SDPA on a call that fills its tensors, or None where it has no fused kernel for it."""
     seqlen_q, seqlen_k, grouped = q.shape[2], k.shape[2], q.shape[1] != k.shape[1]
-    if q.dtype not in FLASH_DTYPES or q.numel() == 0 or not 1 <= seqlen_q <= seqlen_k:
+    if q.dtype not in FLASH_DTYPES or not q.shape[3] == v.shape[3] <= devices.MAX_HEAD_DIM:
         return None
+    if q.numel() == 0 or not 1 <= seqlen_q <= seqlen_k:
+        return None
+    q, k, v = (x if devices.aligned(x) else x.contiguous() for x in (q, k, v))
     options = {"scale": scale, "enable_gqa": grouped}
     if seqlen_q == seqlen_k or seqlen_q == 1:  # one row sees every key: no mask at all
         out = F.scaled_dot_product_attention(q, k, v, is_causal=seqlen_q > 1, **options)

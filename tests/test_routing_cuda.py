@@ -337,6 +337,9 @@ def test_calls_that_sdpa_has_no_fused_kernel_for():
     half = x.to(BF16)
     assert dense._flash(half, half[:, :, :4], half[:, :, :4], None) is None  # rows without a key
     assert dense._flash(half[:, :, :0], half, half, None) is None
+    assert dense._flash(half, half, half[..., :32], None) is None
+    wide = torch.zeros(1, 2, 8, 264, dtype=BF16)
+    assert dense._flash(wide, wide, wide, None) is None
 
 
 # ---- compiled ------------------------------------------------------------------------------------
