@@ -3,11 +3,13 @@
  * A kernel that touches an inaccessible page or divides by zero ends its launch, not the process:
  * the handler runs on a stack of its own and leaves it for the launch's.
  */
+#include "hidden.h"
 #include "machine.h"
 
 #include <mutex>
 #include <signal.h>
-#include <stdio.h>
+#include <stdlib.h>
+#include <unistd.h>
 
 namespace emu {
 
@@ -58,6 +60,8 @@ void explain(int signal, const void *at) {
 
 void handle(int signal, siginfo_t *info, void *) {
     if (here) explain(signal, info->si_addr);
+    static const char host[] = "host code touches the memory of the emulated GPU\n";
+    if (in_hidden_memory(info->si_addr) && write(2, host, sizeof host - 1) < 0) abort();
     /* Not a kernel's fault: it happens again, under the handler of before. */
     for (int i = 0; i < 3; i++)
         if (SIGNALS[i] == signal) sigaction(signal, &before[i], nullptr);

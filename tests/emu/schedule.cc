@@ -2,6 +2,7 @@
  *
  * Launches, the order in which threads run, barriers, and the report of a deadlock.
  */
+#include "hidden.h"
 #include "machine.h"
 
 #include <algorithm>
@@ -367,6 +368,7 @@ const char *launch_grid(const launch_shape &shape, void (*call)(void *), void *k
     const int64_t wave = static_cast<int64_t>(shape.cluster) * together;
     m.blocks.resize(static_cast<size_t>(std::min(wave, shape.blocks)));
     for (block &b : m.blocks) make_block(m, b);
+    const device_memory_visible visible;
     for (int64_t first = 0; first < shape.blocks; first += wave) {
         m.blocks_running = static_cast<int>(std::min(wave, shape.blocks - first));
         m.by_rank.clear();

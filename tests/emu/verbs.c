@@ -10,6 +10,8 @@
 
 #include "../c/harness.h"
 
+void test_host_reads(void);
+
 /* Values that no caller should pass: no host looks at a device's memory, so kernels must not read
  * or write outside the tensors whatever they find. The sanitizers watch; results mean nothing. */
 static void fill_wrong(rng *r, int32_t *values, int64_t count, int32_t size) {
@@ -119,7 +121,8 @@ static const struct {
              {"permute", test_permute},
              {"select", test_select},
              {"attend", test_attend},
-             {"wrong", test_wrong_values}};
+             {"wrong", test_wrong_values},
+             {"host", test_host_reads}};
 
 static int wanted(const char *name, int argc, char **argv) {
     for (int i = 1; i < argc; i++)
