@@ -117,12 +117,8 @@ static void test_wrong_values(void) {
 static const struct {
     const char *name;
     void (*run)(void);
-} TESTS[] = {{"score", test_score},
-             {"permute", test_permute},
-             {"select", test_select},
-             {"attend", test_attend},
-             {"wrong", test_wrong_values},
-             {"host", test_host_reads}};
+} TESTS[] = {{"score", test_score},   {"permute", test_permute},    {"select", test_select},
+             {"attend", test_attend}, {"wrong", test_wrong_values}, {"host", test_host_reads}};
 
 static int wanted(const char *name, int argc, char **argv) {
     for (int i = 1; i < argc; i++)
