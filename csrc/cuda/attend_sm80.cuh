@@ -15,9 +15,11 @@
  *                      | V(n-1) is free    | K(n) is free            | V(n) is free
  *   compute            |  S = Q K(n)^T     |  softmax    O += P V(n) | S = Q K(n+1)^T
  *
- * Bound     tensor cores (4 BLOCK_M BLOCK_N D flop a step) as long as two blocks share an SM; with
- * 16 rows a warp, ldmatrix: 512 bytes for two mma at 128 bytes a clock. Registers acc_o and acc_s
- * take M (D / 2 + BLOCK_N / 2) of them; docs/cuda.md has the table.
+ * Bound     tensor cores, 4 BLOCK_M BLOCK_N D flop a step, as long as two blocks share an SM; with
+ *           16 rows a warp, ldmatrix: 512 bytes for two mma at 128 bytes a clock.
+ *
+ * Registers acc_o and acc_s take M (D / 2 + BLOCK_N / 2) of them. What is the same for all threads
+ *           (job, walk, rows) therefore lies in shared memory; attend_instances.inc has the table.
  */
 #ifndef PBS_CUDA_ATTEND_SM80_CUH
 #define PBS_CUDA_ATTEND_SM80_CUH
@@ -66,7 +68,7 @@ PBS_DEVICE void load_keys(tile<S::BLOCK_N, S::HEAD_DIM> &to, head_rows rows, int
                           const attend_args &a, int32_t end) {
     const int32_t count = MASKED ? end - key : S::BLOCK_N;
     tile_fill<attend_shape<S>::THREADS>(to, rows.first + key * rows.stride, rows.stride, count,
-                                        a.dims.head_dim, static_cast<int>(threadIdx.x));
+                                        a.dims.head_dim, threadIdx.x);
     ptx::cp_async_commit();
 }
 
@@ -79,7 +81,7 @@ PBS_DEVICE const key_source &source_of(const attend_job &job, int32_t key) {
 template <class S>
 PBS_DEVICE void mask_scores(const attend_plan<S> &plan, int32_t key,
                             float (&acc_s)[attend_shape<S>::M][attend_shape<S>::N_KEYS][4]) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     PBS_UNROLL
     for (int m = 0; m < attend_shape<S>::M; m++) {
         PBS_UNROLL
@@ -87,7 +89,8 @@ PBS_DEVICE void mask_scores(const attend_plan<S> &plan, int32_t key,
             const int32_t row =
                 plan.row[warp * attend_shape<S>::WARP_ROWS + 16 * m + 8 * h + lane / 4];
             /* Columns of the tile that the row sees, counted from this lane's first one. */
-            const int32_t limit = plan.job.seq.q_offset + row + 1 - key - lane % 4 * 2;
+            const int32_t limit =
+                plan.job.seq.q_offset + row + 1 - key - 2 * static_cast<int32_t>(lane % 4);
             PBS_UNROLL
             for (int n = 0; n < attend_shape<S>::N_KEYS; n++) {
                 PBS_UNROLL
@@ -162,7 +165,7 @@ PBS_KERNEL(attend_shape<S>::THREADS, S::BLOCKS_PER_SM)
 attend_kernel(const __grid_constant__ attend_args a) {
     using shape = attend_shape<S>;
     PBS_SHARED(attend_plan<S>, plan);
-    const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+    const unsigned thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
     const int parts = a.dims.block_q / S::BLOCK_M;
 
     if (thread == 0)

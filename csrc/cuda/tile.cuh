@@ -43,13 +43,13 @@ template <int ROWS, int COLS> struct alignas(128) tile {
 /* Only these low bits of a chunk's number are swizzled. */
 template <int COLS> constexpr int SWIZZLED_BITS = COLS % 64 == 0 ? 7 : 3;
 
-template <int COLS> PBS_DEVICE int swizzle(int row) {
+template <int COLS> PBS_DEVICE unsigned swizzle(unsigned row) {
     return COLS % 64 == 0 ? row & 7 : row >> 1 & 3;
 }
 
 /* Byte offset of chunk c of a row. */
-template <int COLS> PBS_DEVICE uint32_t chunk_offset(int row, int c) {
-    return static_cast<uint32_t>(row * (COLS / CHUNK) + (c ^ swizzle<COLS>(row))) * CHUNK_BYTES;
+template <int COLS> PBS_DEVICE uint32_t chunk_offset(unsigned row, unsigned c) {
+    return (row * (COLS / CHUNK) + (c ^ swizzle<COLS>(row))) * CHUNK_BYTES;
 }
 
 /* ---- global -> shared ------------------------------------------------------------------------ */
@@ -69,10 +69,11 @@ template <int COLS, int THREADS> struct fill_plan {
  */
 template <int THREADS, int ROWS, int COLS>
 PBS_DEVICE void tile_fill(tile<ROWS, COLS> &to, const uint16_t *from, int64_t stride, int count,
-                          int head_dim, int thread) {
+                          int head_dim, unsigned thread) {
     using plan = fill_plan<COLS, THREADS>;
     static_assert(ROWS % plan::ROW_STEP == 0, "every thread takes as many rows");
-    const int row = thread / plan::PER_ROW, c = thread % plan::PER_ROW;
+    const int row = static_cast<int>(thread / plan::PER_ROW);
+    const int c = static_cast<int>(thread % plan::PER_ROW);
     const uint32_t at = ptx::shared_address(&to) + chunk_offset<COLS>(row, c);
     from += row * stride + c * CHUNK;
     PBS_UNROLL
@@ -93,9 +94,10 @@ PBS_DEVICE void tile_fill(tile<ROWS, COLS> &to, const uint16_t *from, int64_t st
  * negative. */
 template <int THREADS, int ROWS, int COLS>
 PBS_DEVICE void tile_gather(tile<ROWS, COLS> &to, const uint16_t *from, int64_t stride,
-                            const int32_t *index, int head_dim, int thread) {
+                            const int32_t *index, int head_dim, unsigned thread) {
     using plan = fill_plan<COLS, THREADS>;
-    const int row = thread / plan::PER_ROW, c = thread % plan::PER_ROW;
+    const int row = static_cast<int>(thread / plan::PER_ROW);
+    const int c = static_cast<int>(thread % plan::PER_ROW);
     const uint32_t at = ptx::shared_address(&to) + chunk_offset<COLS>(row, c);
     PBS_UNROLL
     for (int r = 0; r < ROWS; r += plan::ROW_STEP) {
@@ -122,28 +124,31 @@ template <int COLS> struct tile_operand {
 
 /* From first_row (a multiple of 8) on; lane_chunk is 0 or 1. */
 template <int ROWS, int COLS>
-PBS_DEVICE tile_operand<COLS> operand_at(const tile<ROWS, COLS> &t, int first_row, int lane_row,
-                                         int lane_chunk) {
-    return {ptx::shared_address(&t) + static_cast<uint32_t>((first_row + lane_row) * COLS * 2),
-            static_cast<uint32_t>((lane_chunk ^ swizzle<COLS>(lane_row)) * CHUNK_BYTES)};
+PBS_DEVICE tile_operand<COLS> operand_at(const tile<ROWS, COLS> &t, unsigned first_row,
+                                         unsigned lane_row, unsigned lane_chunk) {
+    return {ptx::shared_address(&t) + (first_row + lane_row) * COLS * 2,
+            (lane_chunk ^ swizzle<COLS>(lane_row)) * CHUNK_BYTES};
 }
 
 /* A of gemm_nt: a row of the tile is a row of A. */
 template <int ROWS, int COLS>
-PBS_DEVICE tile_operand<COLS> operand_a(const tile<ROWS, COLS> &t, int first_row, int lane) {
+PBS_DEVICE tile_operand<COLS> operand_a(const tile<ROWS, COLS> &t, unsigned first_row,
+                                        unsigned lane) {
     return operand_at(t, first_row, lane % 16, lane / 16);
 }
 
 /* B of gemm_nt: a row of the tile is a column of B. Words 0 and 1 are b0 and b1 of one n_tile, 2
  * and 3 of the next: mma wants its pairs in neighbouring registers. */
 template <int ROWS, int COLS>
-PBS_DEVICE tile_operand<COLS> operand_b(const tile<ROWS, COLS> &t, int first_row, int lane) {
+PBS_DEVICE tile_operand<COLS> operand_b(const tile<ROWS, COLS> &t, unsigned first_row,
+                                        unsigned lane) {
     return operand_at(t, first_row, lane % 8 + lane / 16 * 8, lane / 8 % 2);
 }
 
 /* B of gemm_pn, loaded transposed: a row of the tile is a row of B. Words as in operand_b. */
 template <int ROWS, int COLS>
-PBS_DEVICE tile_operand<COLS> operand_b_trans(const tile<ROWS, COLS> &t, int first_row, int lane) {
+PBS_DEVICE tile_operand<COLS> operand_b_trans(const tile<ROWS, COLS> &t, unsigned first_row,
+                                              unsigned lane) {
     return operand_at(t, first_row, lane % 16, lane / 16);
 }
 
