@@ -14,6 +14,7 @@
 import json
 import logging
 import os
+import subprocess
 from dataclasses import dataclass
 
 import torch
@@ -111,9 +112,17 @@ def _driver():
     try:
         with open("/proc/driver/nvidia/version", encoding="utf-8") as file:
             words = file.readline().split()
-    except OSError:
-        return None
+    except OSError:  # not there in every container that has the GPU
+        words = _nvidia_smi("driver_version").split()
     return next((word for word in words if word[:1].isdigit() and "." in word), None)
+
+
+def _nvidia_smi(field):
+    command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""
 
 
 def _gpus():

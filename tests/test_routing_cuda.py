@@ -408,6 +408,14 @@ def test_support_matrix_without_a_library(monkeypatch):
     assert len({line.count("|") for line in table.splitlines()}) == 1
 
 
+def test_the_docs_have_the_matrix(monkeypatch):
+    monkeypatch.setattr(_load, "CUDA_ARCHS", "")
+    page = doctor.RESULTS.parents[1] / "docs" / "cuda.md"
+    if not page.is_file():
+        pytest.skip("no docs here")
+    assert doctor.matrix_table(doctor.support_matrix()) in page.read_text(encoding="utf-8")
+
+
 def test_tested_is_what_a_green_check_left_behind(tmp_path):
     for name, ok, capability in (("h200", "true", "9.0"), ("a100", "false", "8.0")):
         (tmp_path / name).mkdir()
