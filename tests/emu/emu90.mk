@@ -24,8 +24,8 @@ build/ptx_expected.bin: build/emu-gcc/test_ptx
 # ---- nvcc -----------------------------------------------------------------------------------------
 PTX_NVCC = $(NVCC) -std=c++17 -O3 -Itests/emu -Icsrc -Icsrc/include -Xptxas -v
 PTX_SM90 := -gencode arch=compute_90a,code=sm_90a
-PTX_SM80 := -gencode arch=compute_80,code=sm_80
-PTX_SOURCES := $(wildcard tests/emu/*.h tests/emu/*.cuh csrc/cuda/*.cuh) csrc/cuda/tensor_map.cu
+PTX_BOTH := -gencode arch=compute_80,code=sm_80 $(PTX_SM90)
+PTX_SOURCES := $(wildcard tests/emu/*.h tests/emu/*.cuh csrc/cuda/*.cuh)
 
 # ptx_object NAME, SOURCE, FLAGS: compiled, and the notes of ptxas read.
 define ptx_object
@@ -36,31 +36,28 @@ build/ptx/$1.o: $2 $(PTX_SOURCES)
 	@mv $$@.new $$@
 endef
 
-$(eval $(call ptx_object,test_ptx_sm90,tests/gpu/test_ptx.cu,$(PTX_SM90)))
-$(eval $(call ptx_object,test_ptx_sm80,tests/gpu/test_ptx.cu,$(PTX_SM80)))
+$(eval $(call ptx_object,test_ptx,tests/gpu/test_ptx.cu,$(PTX_BOTH)))
 $(eval $(call ptx_object,toy_kernels,tests/gpu/toy_kernels.cu,$(PTX_SM90)))
 $(eval $(call ptx_object,tensor_map,csrc/cuda/tensor_map.cu,$(PTX_SM90)))
 
 ptx-check: ## every PTX function compiles: sm_80, sm_90a; no spills, no C75xx
-	@$(if $(NVCC),$(emu_make) build/ptx/test_ptx_sm90.o build/ptx/test_ptx_sm80.o \
-		build/ptx/toy_kernels.o,$(call emu_missing,nvcc))
+	@$(if $(NVCC),$(emu_make) build/ptx/test_ptx.o build/ptx/toy_kernels.o \
+		build/ptx/tensor_map.o,$(call emu_missing,nvcc))
 
 ifneq ($(NVCC),)
 emu-check: ptx-check
 endif
 
-build/ptx/%.c.o: %.c
+build/ptx/status.o: csrc/core/status.c
 	@mkdir -p $(@D)
 	cc $(EMU_CFLAGS) -c $< -o $@
 
-# One program for both architectures: the object of the GPU that is there.
-build/ptx/test_ptx-%: build/ptx/test_ptx_%.o build/ptx/tensor_map.o build/ptx/csrc/core/status.c.o
+build/ptx/test_ptx: $(addprefix build/ptx/,test_ptx.o tensor_map.o status.o)
 	$(NVCC) $^ -o $@
 
-GPU_ARCH = $(if $(filter 9.%,$(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader)),sm90,sm80)
 ptx-gpu: ## every PTX function on this machine's GPU, against the emulation
-	@$(emu_make) build/ptx_expected.bin build/ptx/test_ptx-$(GPU_ARCH)
-	build/ptx/test_ptx-$(GPU_ARCH) build/ptx_expected.bin
+	@$(emu_make) build/ptx_expected.bin build/ptx/test_ptx
+	build/ptx/test_ptx build/ptx_expected.bin
 
 # ---- CUTLASS --------------------------------------------------------------------------------------
 # CUTLASS_HOME=folder of include/cute: test_layouts.cc is held against its layouts, too. Its headers
