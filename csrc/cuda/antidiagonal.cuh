@@ -180,7 +180,7 @@ PBS_DEVICE void keep_sums(const select_args &a, const strip_job &job, const grou
     for (int32_t part = thread / TILE_M; part < parts; part += SELECT_THREADS / TILE_M) {
         const int32_t b = part * width, n = (b0 + b) / w.per_block;
         if (g >= w.groups || n >= a.d.blocks_k) break;
-        float *lse = job.scratch + static_cast<int64_t>(n) * w.groups + g;
+        float *lse = scratch_of(a) + static_cast<int64_t>(n) * w.groups + g;
         const float own = log_sum(&plan.z[r][b], pbs_min_i32(visible - b, width));
         *lse = (b0 + b) % w.per_block ? log_add(*lse, own) : own;
     }
@@ -221,7 +221,7 @@ PBS_DEVICE void normalize_groups(const select_args &a, const strip_job &job, con
     const int32_t thread = static_cast<int32_t>(threadIdx.x), parts = SELECT_THREADS / w.groups;
     const int32_t g = thread % w.groups, part = thread / w.groups;
     const int32_t seen = part < parts ? pbs_ceil_div(visible_of(a, job, w, g), w.per_block) : 0;
-    const float *lse = job.scratch + g;
+    const float *lse = scratch_of(a) + g;
     float most = -INFINITY;
     for (int32_t n = part; n < seen; n += parts)
         most = fmaxf(most, lse[static_cast<int64_t>(n) * w.groups]);
@@ -246,8 +246,7 @@ PBS_DEVICE void normalize_groups(const select_args &a, const strip_job &job, con
 
 /* Log mass of key block n for query block r of the strip: groups in ascending order. -inf where
  * none sees it, so beyond the eligible blocks too. */
-PBS_DEVICE float block_mass(const select_args &a, const strip_job &job, const group_band &w,
-                            int32_t r, int32_t n) {
+PBS_DEVICE float block_mass(const select_args &a, const group_band &w, int32_t r, int32_t n) {
     PBS_SHARED(antidiagonal_plan, plan);
     const antidiagonal_groups &s = plan.groups;
     const bool largest_share = a.p.reduce == PBS_REDUCE_MAX;
@@ -257,7 +256,7 @@ PBS_DEVICE float block_mass(const select_args &a, const strip_job &job, const gr
         const int32_t g = r * w.per_block + i;
         if (w.first + g * a.p.stride >= w.end) break;
         if (n >= s.seen[g]) continue;
-        const float x = job.scratch[static_cast<int64_t>(n) * w.groups + g];
+        const float x = scratch_of(a)[static_cast<int64_t>(n) * w.groups + g];
         if (x == -INFINITY) continue;
         const float share = expf(x - s.row_max[g]) * s.row_inverse[g];
         mass = largest_share ? fmaxf(mass, share) : mass + share;
@@ -266,9 +265,9 @@ PBS_DEVICE float block_mass(const select_args &a, const strip_job &job, const gr
 }
 
 template <class T> struct antidiagonal {
-    PBS_DEVICE float *strip_at(const select_args &) {
+    PBS_DEVICE float *row(const select_args &a, int32_t r) {
         PBS_SHARED(antidiagonal_plan, plan);
-        return reinterpret_cast<float *>(&plan.groups + 1);
+        return strip_row(a, reinterpret_cast<float *>(&plan.groups + 1), r);
     }
 
     PBS_DEVICE void score(const select_args &a, const strip_job &job) {
@@ -279,7 +278,7 @@ template <class T> struct antidiagonal {
         for (int32_t at = static_cast<int32_t>(threadIdx.x); at < job.rows * cols;
              at += SELECT_THREADS) {
             const int32_t r = at / cols, n = at % cols;
-            job.log_mass[static_cast<int64_t>(r) * a.d.blocks_k + n] = block_mass(a, job, w, r, n);
+            row(a, r)[n] = block_mass(a, w, r, n);
         }
         __syncthreads();
     }

@@ -32,6 +32,10 @@ PBS_DEVICE float *mean_pool_queries() {
     return reinterpret_cast<float *>(&plan + 1);
 }
 
+PBS_DEVICE float *mean_pool_row(const select_args &a, int32_t r) {
+    return strip_row(a, mean_pool_queries() + MEAN_POOL_ROWS * a.d.head_dim, r);
+}
+
 PBS_DEVICE float4 wide(const float *at) { return *reinterpret_cast<const float4 *>(at); }
 
 /* mean [D] over the existing rows of query block m, zeros if there are none. One warp: D / 8 lanes
@@ -86,8 +90,8 @@ PBS_DEVICE void load_keys(mean_pool_plan &plan, const float *k_pool, int32_t hea
 /* acc[c][r] += query r . key threadIdx.x + 256 c over the 8 dimensions that are loaded. */
 PBS_DEVICE void multiply(const mean_pool_plan &plan, const float *queries, int32_t head_dim,
                          float (&acc)[2][MEAN_POOL_ROWS]) {
-    PBS_UNROLL
-    for (int half = 0; half < PIECE; half += FLOATS) {
+    PBS_NO_UNROLL /* 16 queries' reads in flight are enough, and all there are registers for */
+        for (int half = 0; half < PIECE; half += FLOATS) {
         const float4 k[2] = {wide(&plan.keys[threadIdx.x][half]),
                              wide(&plan.keys[threadIdx.x + SELECT_THREADS][half])};
         PBS_UNROLL
@@ -118,14 +122,15 @@ PBS_DEVICE void mean_pool_tile(const select_args &a, const strip_job &job, int32
         if (busy) multiply(plan, queries + d, a.d.head_dim, acc);
         __syncthreads();
     }
+    const int32_t n = n0 + static_cast<int32_t>(threadIdx.x);
+    float *to = mean_pool_row(a, 0) + n;
     PBS_UNROLL
-    for (int c = 0; c < 2; c++) {
-        const int32_t n = n0 + static_cast<int32_t>(threadIdx.x) + c * SELECT_THREADS;
+    for (int r = 0; r < MEAN_POOL_ROWS; r++, to += a.d.blocks_k) {
+        if (r >= job.rows) break;
         PBS_UNROLL
-        for (int r = 0; r < MEAN_POOL_ROWS; r++)
-            if (n < cols && r < job.rows)
-                job.log_mass[static_cast<int64_t>(r) * a.d.blocks_k + n] =
-                    acc[c][r] * a.p.softmax_scale;
+        for (int c = 0; c < 2; c++)
+            if (n + c * SELECT_THREADS < cols)
+                to[c * SELECT_THREADS] = acc[c][r] * a.p.softmax_scale;
     }
 }
 
@@ -141,9 +146,7 @@ PBS_DEVICE void log_softmax(float *x, int32_t n) {
 }
 
 template <class T> struct mean_pool {
-    PBS_DEVICE float *strip_at(const select_args &a) {
-        return mean_pool_queries() + MEAN_POOL_ROWS * a.d.head_dim;
-    }
+    PBS_DEVICE float *row(const select_args &a, int32_t r) { return mean_pool_row(a, r); }
 
     PBS_DEVICE void score(const select_args &a, const strip_job &job) {
         const int32_t cols = strip_cols(a, job);
@@ -153,8 +156,7 @@ template <class T> struct mean_pool {
         for (int32_t n0 = 0; n0 < cols; n0 += TILE_KEYS) mean_pool_tile(a, job, n0, cols);
         __syncthreads();
         for (int32_t r = warp_id(); r < job.rows; r += SELECT_WARPS)
-            log_softmax(job.log_mass + static_cast<int64_t>(r) * a.d.blocks_k,
-                        eligible_of(a, job, r));
+            log_softmax(mean_pool_row(a, r), eligible_of(a, job, r));
     }
 };
 

@@ -9,9 +9,8 @@
  * The strip lies in shared memory where it fits, else in a slot of the workspace; blocks of threads
  * then go round until all strips are done. A scorer is a struct with
  *
- *   plan                        its shared memory; shared_bytes() tells all of it
- *   strip_at(args)              where a strip in shared memory lies
- *   score(args, job)            all threads; row r is complete for warp r % SELECT_WARPS at the end
+ *   row(args, r)     row r of the block's strip, to be filled up to its eligible blocks
+ *   score(args, job)  all threads; row r is complete for warp r % SELECT_WARPS at the end
  */
 #ifndef PBS_CUDA_SELECT_CUH
 #define PBS_CUDA_SELECT_CUH
@@ -45,9 +44,18 @@ struct strip_job {
     pbs_seq seq;
     int32_t batch, head;
     int32_t row_begin, rows; /* query blocks [row_begin, row_begin + rows) */
-    float *log_mass;         /* [rows, Tk], to be filled up to each row's eligible blocks */
-    float *scratch;
 };
+
+/* Row r of the strip of this block of threads, which lies at `shared` unless it does not fit. */
+PBS_DEVICE float *strip_row(const select_args &a, float *shared, int32_t r) {
+    float *strip = shared;
+    if (a.strip) strip = a.strip + static_cast<int64_t>(blockIdx.x) * a.rows * a.d.blocks_k;
+    return strip + static_cast<int64_t>(r) * a.d.blocks_k;
+}
+
+PBS_DEVICE float *scratch_of(const select_args &a) {
+    return a.scratch + static_cast<int64_t>(blockIdx.x) * a.scratch_floats;
+}
 
 PBS_DEVICE int32_t warp_id() { return static_cast<int32_t>(threadIdx.x / 32); }
 
@@ -80,9 +88,6 @@ PBS_DEVICE strip_job job_of(const select_args &a, int64_t item) {
     job.seq = pbs_dims_seq_clamped(&a.d, job.batch);
     job.row_begin = strip * a.rows;
     job.rows = pbs_min_i32(a.rows, a.d.blocks_q - job.row_begin);
-    job.log_mass =
-        a.strip ? a.strip + static_cast<int64_t>(blockIdx.x) * a.rows * a.d.blocks_k : nullptr;
-    job.scratch = a.scratch + static_cast<int64_t>(blockIdx.x) * a.scratch_floats;
     return job;
 }
 
@@ -110,12 +115,12 @@ PBS_DEVICE int32_t first_block(const select_args &a, const strip_job &job) {
 }
 
 /* Row r from its log masses to its bits. One warp. */
-PBS_DEVICE void finish_row(const select_args &a, const strip_job &job, int32_t r, int32_t first) {
+PBS_DEVICE void finish_row(const select_args &a, const strip_job &job, int32_t r, float *log_mass,
+                           int32_t first) {
     const int32_t m = job.row_begin + r, n = eligible_of(a, job, r);
     const int32_t history = pbs_history_blocks(&a.p, &a.d, job.seq, m);
     const int64_t head = static_cast<int64_t>(job.batch) * a.d.heads_q + job.head;
     const int64_t row = head * a.d.blocks_q + m;
-    float *log_mass = job.log_mass + static_cast<int64_t>(r) * a.d.blocks_k;
     if (a.p.mass) {
         float *mass = a.p.mass + row * a.d.blocks_k;
         for (int32_t i = lane_id(); i < a.d.blocks_k; i += 32)
@@ -136,11 +141,11 @@ PBS_DEVICE void finish_row(const select_args &a, const strip_job &job, int32_t r
 
 template <class S> PBS_KERNEL(SELECT_THREADS, 2) select_kernel(const select_args a) {
     for (int64_t item = blockIdx.x; item < a.items; item += gridDim.x) {
-        strip_job job = job_of(a, item);
-        if (!job.log_mass) job.log_mass = S::strip_at(a);
+        const strip_job job = job_of(a, item);
         S::score(a, job);
         const int32_t first = first_block(a, job);
-        for (int32_t r = warp_id(); r < job.rows; r += SELECT_WARPS) finish_row(a, job, r, first);
+        for (int32_t r = warp_id(); r < job.rows; r += SELECT_WARPS)
+            finish_row(a, job, r, S::row(a, r), first);
         __syncthreads(); /* the next strip may come into the same memory */
     }
 }
