@@ -88,6 +88,37 @@ static void all_but_select(const problem *p, uint64_t seed, const int32_t *k_per
     free(m.workspace);
 }
 
+static void select_blocks(const problem *p, pbs_select_method method, pbs_permute_mode mode,
+                          const int32_t *k_perm, const int32_t *q_perm, const float *tau) {
+    size_t heads = (size_t)p->batch * (size_t)p->heads_q;
+    size_t rows = heads * (size_t)problem_blocks_q(p), blocks = (size_t)problem_blocks_k(p);
+    pbs_select_params s = PBS_INIT(pbs_select_params);
+    s.q = p->q;
+    s.k = p->k;
+    s.k_pool = (float *)filled(heads * blocks * (size_t)p->head_dim * sizeof(float), 0);
+    s.k_perm = k_perm;
+    s.q_perm = q_perm;
+    s.tau_heads = tau;
+    s.geometry = p->geometry;
+    s.block_size = p->block;
+    s.segment_size = p->segment;
+    s.mode = mode;
+    s.method = method;
+    s.stride = 8;
+    s.rule = (pbs_rule)(q_perm[0] & 3);
+    s.bits = (uint32_t *)filled(rows * (size_t)problem_words(p) * sizeof(uint32_t), 0);
+    s.count = (int32_t *)filled(rows * sizeof(int32_t), 0);
+    s.mass = (float *)filled(rows * blocks * sizeof(float), 0);
+    RUN(pbs_select_workspace_size(&s, &s.workspace_bytes));
+    s.workspace = filled(s.workspace_bytes, 0xff);
+    RUN(pbs_select(&s));
+    free((void *)(uintptr_t)s.k_pool);
+    free(s.bits);
+    free(s.count);
+    free(s.mass);
+    free(s.workspace);
+}
+
 static void test_wrong_values(void) {
     problem p = {.batch = 3, .heads_q = 2, .heads_k = 1, .seqlen_q = 150, .seqlen_k = 300};
     p.head_dim = 24;
@@ -107,7 +138,12 @@ static void test_wrong_values(void) {
         fill_wrong(&r, p.kv_start, p.batch, p.seqlen_k);
         fill_wrong(&r, p.kv_len, p.batch, p.seqlen_k);
         fill_wrong(&r, k_perm, 3 * 2 * 300, p.seqlen_k);
-        score_and_permute(&p, (pbs_order)(seed % 4), seed % 3 ? NULL : k_perm);
+        fill_wrong(&r, q_perm, 3 * 2 * 150, p.seqlen_q);
+        all_but_select(&p, seed, seed % 3 ? NULL : k_perm, q_perm);
+        fill_wrong(&r, tau, 2, 1);
+        memcpy(tau_heads, tau, sizeof tau);
+        select_blocks(&p, (pbs_select_method)(seed % 2), (pbs_permute_mode)(seed % 5), k_perm,
+                      q_perm, tau_heads);
         problem_free(&p);
         memset(p.q_start, 0, sizeof p.q_start);
         memset(p.kv_start, 0, sizeof p.kv_start);
