@@ -173,6 +173,8 @@ attend_kernel(const __grid_constant__ attend_args a) {
                                          static_cast<int32_t>(blockIdx.x % parts), plan.job);
     __syncthreads();
     if (plan.job.first >= plan.job.seq.q_len) return;
+    int32_t key = plan.job.walk.key;
+    if (key >= 0) load_keys<true, S>(plan.k, source_of(plan.job, key).k, key, a, plan.job.span.end);
     if (thread < S::BLOCK_M) plan.row[thread] = original_row(a, plan.job, thread);
     __syncthreads();
     tile_gather<shape::THREADS>(plan.q, plan.job.q.first, plan.job.q.stride, plan.row,
@@ -185,9 +187,6 @@ attend_kernel(const __grid_constant__ attend_args a) {
     state.q = operand_a(plan.q, warp * shape::WARP_ROWS, lane);
     state.k = operand_b(plan.k, 0, lane);
     state.v = operand_b_trans(plan.v, 0, lane);
-
-    int32_t key = plan.job.walk.key;
-    if (key >= 0) load_keys<true, S>(plan.k, source_of(plan.job, key).k, key, a, plan.job.span.end);
     if (!plan.job.usable) { /* K and V of another call: NaN says so, the host cannot */
         PBS_UNROLL
         for (int r = 0; r < 2 * shape::M; r++)
