@@ -9,7 +9,7 @@
  * The strip lies in shared memory where it fits, else in a slot of the workspace; blocks of threads
  * then go round until all strips are done. A scorer is a struct with
  *
- *   row(args, r)     row r of the block's strip, to be filled up to its eligible blocks
+ *   row(args, r)      row r of the block's strip, to be filled up to its eligible blocks
  *   score(args, job)  all threads; row r is complete for warp r % SELECT_WARPS at the end
  */
 #ifndef PBS_CUDA_SELECT_CUH
