@@ -5,7 +5,8 @@
 #                 writes build/ptx_expected.bin, what a GPU should answer
 #   ptx-check     with nvcc: the same program and the tests' own kernels compile for sm_80 and
 #                 sm_90a, without spills and without ptxas notes on wgmma (C75xx)
-#   ptx-gpu       the first thing to run where there is a GPU: its answers against those
+#   ptx-gpu       the first thing to run where there is a GPU: its answers against those, and the
+#                 tests' own attention kernel against fp64
 
 NVCC ?= $(firstword $(shell command -v nvcc /usr/local/cuda/bin/nvcc 2>/dev/null))
 PTX_RUNTIME := $(EMU_RUNTIME) csrc/cuda/tensor_map.cu csrc/core/status.c
@@ -52,7 +53,7 @@ build/ptx/status.o: csrc/core/status.c
 	@mkdir -p $(@D)
 	cc $(EMU_CFLAGS) -c $< -o $@
 
-build/ptx/test_ptx: $(addprefix build/ptx/,test_ptx.o tensor_map.o status.o)
+build/ptx/test_ptx: $(addprefix build/ptx/,test_ptx.o toy_kernels.o tensor_map.o status.o)
 	$(NVCC) $^ -o $@
 
 ptx-gpu: ## every PTX function on this machine's GPU, against the emulation

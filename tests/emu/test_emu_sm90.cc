@@ -4,13 +4,9 @@
  * order of threads and copies; each injected bug is caught, most by name.
  */
 #include "check.h"
-#include "float16.h"
-#include "toy_sm90.cuh"
+#include "toy_sm90_problem.h"
 
 #include "pbs/pbs.h"
-
-#include <math.h>
-#include <vector>
 
 using namespace toy90;
 
@@ -20,90 +16,17 @@ constexpr int SEEDS = EMU_TEST_THIN > 1 ? 1 : 8;
 constexpr int MANY_SEEDS = EMU_TEST_THIN > 1 ? 3 : 20;
 const char *const DELIVERY[] = {"lazy", "random", "eager"};
 
-/* [heads, len, head_dim], rows in chunks as wide as the swizzle. */
-template <int D> tensor_map map_of(const uint16_t *base, int heads, int len, int box_rows) {
-    constexpr int chunk = tile<D>::CHUNK;
-    const tensor_shape shape = {base,
-                                4,
-                                {chunk, len, D / chunk, heads, 1},
-                                {0, 2 * D, 2 * chunk, 2 * D * len, 0},
-                                {chunk, box_rows, D / chunk, 1, 1},
-                                tile<D>::MODE};
-    tensor_map map;
-    const pbs_status status = make_tensor_map(&map, shape);
-    CHECK(status == PBS_OK, "make_tensor_map: %s", pbs_last_error());
-    return map;
+/* blocks: persistent ones. */
+template <int bug, int D>
+const char *run(const attention<D> &x, std::vector<uint16_t> &out, int blocks) {
+    out.assign(x.q.size(), 0x7fff);
+    tensor_map maps[4];
+    CHECK(x.make_maps(maps, x.q.data(), x.k.data(), x.v.data(), out.data()), "%s",
+          pbs_last_error());
+    const params p = x.make_params();
+    return emu::launch("toy_attend", blocks, THREADS, sizeof(smem_plan<D>),
+                       [&] { toy_attend<D, bug>(maps[0], maps[1], maps[2], maps[3], p); });
 }
-
-template <int D> struct attention {
-    int heads, len_q, len_k;
-    std::vector<uint16_t> q, k, v;
-    std::vector<double> expected, tolerance;
-
-    attention(int heads, int len_q, int len_k) : heads(heads), len_q(len_q), len_k(len_k) {
-        emu_test::rng r(1);
-        fill(q, len_q, r);
-        fill(k, len_k, r);
-        fill(v, len_k, r);
-        expected.resize(q.size());
-        tolerance.resize(q.size());
-        for (int h = 0; h < heads; h++)
-            for (int i = 0; i < len_q; i++) solve(h, i);
-    }
-
-    void fill(std::vector<uint16_t> &rows, int len, emu_test::rng &r) const {
-        rows.resize(static_cast<size_t>(heads * len * D));
-        for (uint16_t &x : rows) x = emu::float_to_bf16(r.uniform(-2, 2));
-    }
-
-    static double scale() { return 1 / sqrt(D); }
-
-    /* One row in fp64. P is rounded to bf16 (2^-9 of each term), and so is the result. */
-    void solve(int head, int i) {
-        const uint16_t *row = &q[static_cast<size_t>((head * len_q + i) * D)];
-        std::vector<double> p(static_cast<size_t>(len_k)), out(D), sizes(D);
-        double sum = 0;
-        for (int j = 0; j < len_k; j++) {
-            const uint16_t *key = &k[static_cast<size_t>((head * len_k + j) * D)];
-            float s = 0;
-            for (int d = 0; d < D; d++)
-                s += emu::bf16_to_float(row[d]) * emu::bf16_to_float(key[d]);
-            sum += p[static_cast<size_t>(j)] = exp(static_cast<double>(s) * scale());
-        }
-        for (int j = 0; j < len_k; j++)
-            for (int d = 0; d < D; d++) {
-                const double x =
-                    p[static_cast<size_t>(j)] / sum *
-                    emu::bf16_to_float(v[static_cast<size_t>((head * len_k + j) * D + d)]);
-                out[static_cast<size_t>(d)] += x;
-                sizes[static_cast<size_t>(d)] += fabs(x);
-            }
-        for (int d = 0; d < D; d++) {
-            const size_t at = static_cast<size_t>((head * len_q + i) * D + d);
-            expected[at] = out[static_cast<size_t>(d)];
-            tolerance[at] = 0x1p-8 * (sizes[static_cast<size_t>(d)] + fabs(expected[at]));
-        }
-    }
-
-    /* blocks: persistent ones. */
-    template <int bug> const char *run(std::vector<uint16_t> &out, int blocks) const {
-        constexpr int n = tile<D>::BLOCK_N;
-        out.assign(q.size(), 0x7fff);
-        const tensor_map maps[4] = {
-            map_of<D>(q.data(), heads, len_q, GROUP_ROWS), map_of<D>(k.data(), heads, len_k, n),
-            map_of<D>(v.data(), heads, len_k, n), map_of<D>(out.data(), heads, len_q, GROUP_ROWS)};
-        const params p = {heads, len_q, len_k, (len_q + BLOCK_M - 1) / BLOCK_M,
-                          static_cast<float>(scale() * 1.4426950408889634)};
-        return emu::launch("toy_attend", blocks, THREADS, sizeof(smem_plan<D>),
-                           [&] { toy_attend<D, bug>(maps[0], maps[1], maps[2], maps[3], p); });
-    }
-
-    bool right(const std::vector<uint16_t> &out) const {
-        for (size_t i = 0; i < out.size(); i++)
-            if (!(fabs(emu::bf16_to_float(out[i]) - expected[i]) <= tolerance[i])) return false;
-        return true;
-    }
-};
 
 template <int D> void check_correct(int heads, int len_q, int len_k, int seeds) {
     const attention<D> x(heads, len_q, len_k);
@@ -111,7 +34,7 @@ template <int D> void check_correct(int heads, int len_q, int len_k, int seeds) 
     for (int seed = 0; seed < seeds; seed++)
         for (int delivery = 0; delivery < 3; delivery++) {
             pbs_emu_set(static_cast<uint64_t>(seed), delivery);
-            CHECK_RUNS(x.template run<CORRECT>(out, 1 + seed % 2));
+            CHECK_RUNS(run<CORRECT>(x, out, 1 + seed % 2));
             if (first.empty()) first = out;
             CHECK(x.right(out), "D %d, %d x %d: wrong numbers", D, len_q, len_k);
             CHECK(first == out, "D %d, %d x %d, seed %d, %s: other bits", D, len_q, len_k, seed,
@@ -126,7 +49,7 @@ template <int bug> int caught(const attention<128> &x, int delivery, std::string
     for (int seed = 0; seed < SEEDS; seed++) {
         pbs_emu_set(static_cast<uint64_t>(seed), delivery);
         std::vector<uint16_t> out;
-        const char *said = x.run<bug>(out, 1);
+        const char *said = run<bug>(x, out, 1);
         if (said) error = said;
         count += said || !x.right(out);
     }
