@@ -66,8 +66,10 @@ class Library:
         status = getattr(self._c, name)(*args)
         assert status == 0, f"{name}: status {status}: {self._c.pbs_last_error().decode()}"
 
-    def prefill(self, q, k, v, config, workspace_cap=0, geometry=(None,) * 4):
-        """(out (B, H, N, D), lse, count, bits, k_perm, bytes of workspace)."""
+    def prefill(self, q, k, v, config, workspace_cap=0, geometry=(None,) * 4, **heads):
+        """(out (B, H, N, D), lse, count, bits, k_perm, bytes of workspace).
+
+        heads: k_perm_in, permute_heads, tau_heads as for pbs_attn.ops.prefill."""
         batch, num_heads, seqlen_q, _ = q.shape
         heads_p = k.shape[1] if config.gqa == "group" else num_heads
         tq, tk = -(-seqlen_q // config.block_size), -(-k.shape[2] // config.block_size)
@@ -81,6 +83,7 @@ class Library:
         stream = torch.cuda.current_stream().cuda_stream if q.is_cuda else None
         p = Prefill(
             struct_size=ctypes.sizeof(Prefill), q=view(q), k=KV(view(k)), v=KV(view(v)),
+            **{name: x.data_ptr() for name, x in heads.items()},
             geometry=Geometry(*(x if x is None else x.data_ptr() for x in geometry)),
             block_size=config.block_size, segment_size=config.segment_size,
             gqa=enum_id("gqa", config.gqa), mode=enum_id("permute", config.permute),

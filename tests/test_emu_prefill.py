@@ -176,18 +176,43 @@ def test_same_bits_at_any_place_in_a_batch(backend, name):
 
 
 @pytest.mark.parametrize("permute", ["keys", "both"])
-def test_waves_of_one_head_give_the_same_bits(backend, permute):
+@pytest.mark.parametrize("given", ["nothing", "heads", "order"])
+def test_waves_of_one_head_give_the_same_bits(backend, permute, given):
+    """Every pointer of the call is moved on for every wave: to its sequence and its heads."""
     config = config_of(permute=permute, **SMALL)
-    inputs = cases.make_inputs(74, (4, 2), 70, 300, dtype=BF16, batch=2)
-    want = backend.ops.prefill(*inputs, config, return_lse=True, return_plan=True)
+    case = cases.Case("two", 70, 300, (5, 0), (65, 50), (0, 30), (300, 260))
+    inputs = cases.make_inputs(74, (4, 2), case=case, dtype=BF16)
+    heads = {}
+    if given == "heads":
+        heads["tau_heads"] = torch.tensor([0.2, 0.9, 0.5, 1.0])
+        heads["permute_heads"] = torch.tensor([1, 0, 0, 1], dtype=torch.int32)
+    if given == "order":
+        heads["k_perm_in"] = orders(2, 4, case.seqlen_k, case.kv_len)
+    geometry = geometry_of(case)
+    want = backend.ops.prefill(
+        *inputs, config, geometry=geometry, return_lse=True, return_plan=True, **heads
+    )
     there = [x.to(backend.device) for x in inputs]
+    options = {name: x.to(backend.device) for name, x in heads.items()}
+    options["geometry"] = [x.to(backend.device) for x in geometry.vectors]
     library = abi.Library(backend.path)
-    *whole, most = library.prefill(*there, config)
-    *waves, least = library.prefill(*there, config, workspace_cap=1)  # one K/V head always fits
+    *whole, most = library.prefill(*there, config, **options)
+    *waves, least = library.prefill(*there, config, workspace_cap=1, **options)  # one head fits
     assert least < most
     for name, *three in zip(NAMES, want, whole, waves, strict=True):
         assert torch.equal(three[0], three[1].cpu()), f"{name} of one wave"
         assert torch.equal(three[0], three[2].cpu()), f"{name} of several waves"
+
+
+def orders(batch, heads, seqlen, lengths, segment=SMALL["segment_size"]):
+    """int32 [B, H, N]: another order in every segment of every head; the tail keeps its own."""
+    g = torch.Generator().manual_seed(0)
+    k_perm = torch.arange(seqlen).repeat(batch, heads, 1)
+    for b in range(batch):
+        for begin in range(0, lengths[b] // segment * segment, segment):
+            for h in range(heads):
+                k_perm[b, h, begin : begin + segment] = begin + torch.randperm(segment, generator=g)
+    return k_perm.int()
 
 
 def test_out_variant_equals_the_functional_op(backend):
