@@ -187,8 +187,13 @@ EMU_TEST(cp_async_arrives_late) {
         early += shared.word[0] != 0xFFFDFFFDu;
         memcpy(&x, shared.word, 4);
         early += !isnan(x) + !isnan(ptx::to_float<fp16>(static_cast<uint16_t>(shared.word[0])));
-        ptx::cp_async_wait<0>();
+        ptx::cp_async_16(ptx::shared_address(shared.word + 4), from, 16);
+        ptx::cp_async_commit();
+        ptx::cp_async_wait<1>();
         early += shared.word[0] != 1;
+        early += shared.word[4] != 0xFFFDFFFDu; /* the later group is still under way */
+        ptx::cp_async_wait<0>();
+        early += shared.word[4] != 1;
     }));
     CHECK(early == 0, "%d", early);
 }

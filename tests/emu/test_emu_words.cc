@@ -89,6 +89,18 @@ EMU_TEST(shuffles) {
         "ended lanes give rubbish, not a deadlock",
         [](int l) { return l >= 16 ? 0 : __shfl_xor_sync(ALL, l, 1); },
         [](int l) { return l >= 16 ? 0 : l ^ 1; });
+    each_lane(
+        "the rubbish", [](int l) { return l >= 16 ? 0u : __shfl_sync(ALL, 1u, 31); },
+        [](int l) { return l >= 16 ? 0u : 0xFFFDFFFDu; });
+    /* Some lanes meet among themselves before they join the others. */
+    each_lane(
+        "a part first",
+        [](int l) {
+            const int other = 31 - l;
+            if (l < 16) l = __shfl_xor_sync(0xffffu, l, 1);
+            return __shfl_sync(ALL, l, other);
+        },
+        [](int l) { return l < 16 ? 31 - l : (31 - l) ^ 1; });
 }
 
 EMU_TEST(votes) {
