@@ -435,6 +435,21 @@ def test_default_archs_are_those_of_the_build(monkeypatch):
     assert built == set(devices.DEFAULT_ARCHS.split(";"))
 
 
+@pytest.mark.skipif(bool(torch.version.cuda), reason="of a torch without CUDA")
+def test_why_the_library_is_not_loaded(tmp_path, monkeypatch):
+    _load.load()
+    monkeypatch.setattr(_load, "_HERE", tmp_path)
+    module, why = _load._import_cuda()
+    assert module is None and why == (_load.C.build_info()["no_cuda"] or why) and why
+    (tmp_path / "_C_cuda.abi3.so").touch()
+    assert "is built without CUDA" in _load._import_cuda()[1]
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert "cannot load" in _load._import_cuda()[1]
+    old = types.SimpleNamespace(__file__="old.so", abi_version=lambda: 0)
+    monkeypatch.setattr(_load.importlib, "import_module", lambda name: old)
+    assert "C ABI version 0" in _load._import_cuda()[1]
+
+
 def test_build_info_starts_no_gpu(monkeypatch):
     def started(*args):
         raise AssertionError("CUDA was started")

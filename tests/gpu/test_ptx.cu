@@ -84,8 +84,7 @@ bool fill_args(case_args &a, const ptx_case &c, const uint32_t *in, uint32_t *ou
     return false;
 }
 
-/* ---- running a case ---------------------------------------------------------------------------
- */
+/* ---- running a case ------------------------------------------------------------------------- */
 #if defined(__CUDACC__)
 
 bool good(cudaError_t error, const char *name) {
