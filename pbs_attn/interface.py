@@ -140,7 +140,8 @@ def attend(
     lse -inf. Two calls over disjoint masks can be merged through their lse.
 
     block_mask    bool [B or 1, Hq or Hk or 1, Tq, Tk], or the same as an int32 bitmask
-                  [..., ceil(Tk / 32)] (bit n % 32 of word n / 32), or a BlockCSR;
+                  [..., ceil(Tk / 32)] (bit n % 32 of word n / 32), or a BlockCSR (whose values
+                  are checked: on a GPU a synchronisation);
                   Tq = ceil(Nq / block_q), Tk = ceil(Nk / block_k), where Nq and Nk are
                   max_seqlen_* or the tensors' lengths
     block_q, block_k
