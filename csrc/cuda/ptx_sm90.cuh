@@ -24,8 +24,7 @@
 namespace pbs {
 namespace ptx {
 
-/* ---- mbarrier: 8 bytes of shared memory that count arrivals and bytes -------------------------
- */
+/* ---- mbarrier: 8 bytes of shared memory that count arrivals and bytes ----------------------- */
 /* A phase ends when `count` arrivals and all expected bytes are in; the next begins at once. The
  * first phase has parity 0. One thread; others may use it after fence_mbarrier_init and a barrier.
  * 9.7.13.15.9 */
@@ -93,8 +92,7 @@ PBS_DEVICE void mbarrier_wait_cluster(uint32_t barrier, uint32_t parity) {
  * see from here on; every writing thread says so itself, before a barrier. 9.7.13.4 */
 PBS_DEVICE void fence_proxy_async() { PBS_ASM_SM90("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-/* ---- copies of boxes (tensor_map.cuh) ---------------------------------------------------------
- */
+/* ---- copies of boxes (tensor_map.cuh) ------------------------------------------------------- */
 /* How long the L2 cache is to keep what a copy reads. 9.7.9.18 */
 PBS_DEVICE uint64_t policy_evict_first() {
     uint64_t policy = 0;
@@ -196,8 +194,7 @@ PBS_DEVICE void prefetch_l2(const void *address) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(address)) : "memory");
 }
 
-/* ---- stores that the copy engine or the tensor cores will read --------------------------------
- */
+/* ---- stores that the copy engine or the tensor cores will read ------------------------------ */
 /* Ordinary stores; through these functions because the emulation then sees a missing
  * fence_proxy_async. 9.7.9.11 */
 PBS_DEVICE void st_shared(uint32_t to, uint32_t value) {
@@ -217,8 +214,7 @@ PBS_DEVICE void stmatrix_x4(uint32_t row, const uint32_t (&r)[4]) {
                  : "memory");
 }
 
-/* ---- warps and warpgroups ---------------------------------------------------------------------
- */
+/* ---- warps and warpgroups ------------------------------------------------------------------- */
 /* 1 in one lane of the warp, 0 in the others; all 32 lanes call it. 9.7.13.14 */
 PBS_DEVICE uint32_t elect() {
     uint32_t chosen = 0;
@@ -249,8 +245,7 @@ PBS_DEVICE void bar_arrive(uint32_t barrier, uint32_t threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
-/* ---- clusters and dependent launches ----------------------------------------------------------
- */
+/* ---- clusters and dependent launches -------------------------------------------------------- */
 /* This block's number within its cluster. 10.17 */
 PBS_DEVICE uint32_t cluster_rank() {
     uint32_t rank = 0;

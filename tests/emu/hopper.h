@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * What a block of the emulated machine has on sm_90a beside machine.h: mbarriers, bulk copies,
- * register counts, clusters; shared by mbarrier.cc, tma.cc, wgmma.cc and cluster.cc. A block that
- * uses none of it pays nothing.
+ * register counts, clusters; shared by mbarrier.cc, tma.cc, wgmma.cc, wgmma_product.cc, cluster.cc.
+ * A block that uses none of it pays nothing.
  */
 #ifndef EMU_HOPPER_H
 #define EMU_HOPPER_H
@@ -85,6 +85,14 @@ void stores_thread_ended(thread &t);
 /* ---- wgmma.cc -------------------------------------------------------------------------------- */
 void wgmma_reset(hopper &h, const block &b);
 void wgmma_thread_ended(hopper &h, const thread &t);
+
+/* ---- wgmma_product.cc ------------------------------------------------------------------------ */
+/* rows x 16 of k. K-major: to[row][k]; MN-major: to[k][row]. check: copies under way to them and
+ * stores without a fence are errors of the caller's. */
+void read_wgmma_operand(block &b, const char *name, uint64_t descriptor, bool mn_major,
+                        uint32_t rows, uint16_t *to, bool check);
+/* c[64, columns] = [c +] A B, operands as read_wgmma_operand gives them. */
+void wgmma_product(const wgmma_operands &what, const uint16_t *a, const uint16_t *b, float *c);
 
 /* ---- cluster.cc ------------------------------------------------------------------------------ */
 /* The block of this rank in b's cluster; one that has ended, or never was, is an error. */

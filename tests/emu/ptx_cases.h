@@ -53,8 +53,7 @@ struct ptx_case {
 
 PBS_DEVICE float as_float(uint32_t bits) { return __uint_as_float(bits); }
 
-/* ---- arithmetic: one thread per word ----------------------------------------------------------
- */
+/* ---- arithmetic: one thread per word -------------------------------------------------------- */
 PBS_KERNEL(128, 1) ex2(const __grid_constant__ case_args a) {
     a.out[threadIdx.x] = __float_as_uint(ptx::ex2(as_float(a.in[threadIdx.x])));
 }
@@ -72,8 +71,7 @@ template <class T> PBS_KERNEL(128, 1) to_float(const __grid_constant__ case_args
         __float_as_uint(ptx::to_float<T>(static_cast<uint16_t>(word >> 16)));
 }
 
-/* ---- shared memory ----------------------------------------------------------------------------
- */
+/* ---- shared memory -------------------------------------------------------------------------- */
 struct words_plan {
     alignas(1024) uint32_t words[1024];
 };

@@ -9,8 +9,7 @@
 
 namespace ptx_cases {
 
-/* ---- mbarrier ---------------------------------------------------------------------------------
- */
+/* ---- mbarrier ------------------------------------------------------------------------------- */
 struct barrier_plan {
     uint32_t words[64];
     uint64_t barrier;
@@ -41,8 +40,7 @@ PBS_KERNEL(64, 1) mbarrier(const __grid_constant__ case_args a) {
     }
 }
 
-/* ---- the copy engine --------------------------------------------------------------------------
- */
+/* ---- the copy engine ------------------------------------------------------------------------ */
 constexpr uint32_t BOX_BYTES = 16384; /* at most */
 struct box_plan {
     alignas(1024) uint32_t box[BOX_BYTES / 4];
@@ -124,8 +122,7 @@ template <int rank> PBS_KERNEL(128, 1) tma_store(const __grid_constant__ case_ar
     }
 }
 
-/* ---- stores to shared memory ------------------------------------------------------------------
- */
+/* ---- stores to shared memory ---------------------------------------------------------------- */
 PBS_KERNEL(32, 1) st_shared(const __grid_constant__ case_args a) {
     PBS_SHARED(words_plan, s);
     const uint32_t t = threadIdx.x;
@@ -146,8 +143,7 @@ PBS_KERNEL(32, 1) stmatrix(const __grid_constant__ case_args a) {
     for (uint32_t i = 0; i < 4; i++) a.out[4 * t + i] = s.words[4 * t + i];
 }
 
-/* ---- warps, warpgroups, clusters --------------------------------------------------------------
- */
+/* ---- warps, warpgroups, clusters ------------------------------------------------------------ */
 /* One lane of each warp; which one is the machine's affair. */
 PBS_KERNEL(128, 1) elect(const __grid_constant__ case_args a) {
     const uint32_t chosen = ptx::elect();
@@ -205,8 +201,7 @@ PBS_KERNEL(32, 1) cluster(const __grid_constant__ case_args a) {
     ptx::cluster_wait();
 }
 
-/* ---- the list ---------------------------------------------------------------------------------
- */
+/* ---- the list ------------------------------------------------------------------------------- */
 /* A tensor of odd sizes, rows one chunk longer than the swizzle is wide, and four places of its
  * box: inside, beyond the end, before the start, all outside. */
 inline ptx_case box_case(const char *name, void (*kernel)(const case_args), int rank, swizzle mode,

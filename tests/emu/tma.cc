@@ -14,8 +14,7 @@ namespace emu {
 
 constexpr uint32_t CHUNK = 16;
 
-/* ---- stores of threads, and the fence behind them ---------------------------------------------
- */
+/* ---- stores of threads, and the fence behind them ------------------------------------------- */
 static void check_pending_stores(const thread &t, const char *what, uint32_t offset,
                                  uint32_t bytes);
 

@@ -82,8 +82,7 @@ PBS_DEVICE void advance(pipeline &p) {
     if (++p.stage == STAGES) p.stage = 0, p.phase ^= 1;
 }
 
-/* ---- producer: one thread ---------------------------------------------------------------------
- */
+/* ---- producer: one thread ------------------------------------------------------------------- */
 template <int D, int bug>
 PBS_DEVICE void load_tile(smem_plan<D> &s, uint16_t (&to)[STAGES][tile<D>::BLOCK_N * D],
                           uint64_t (&full)[STAGES], uint64_t (&empty)[STAGES], pipeline &p,
@@ -121,8 +120,7 @@ PBS_DEVICE void produce(smem_plan<D> &s, const tensor_map *q, const tensor_map *
     }
 }
 
-/* ---- consumer steps: 128 threads --------------------------------------------------------------
- */
+/* ---- consumer steps: 128 threads ------------------------------------------------------------ */
 /* acc_s[64, BLOCK_N] = Q K^T: both K-major, 16 of D a step. */
 template <int D, int bug, int N>
 PBS_DEVICE void issue_qk(float (&acc_s)[N], uint32_t q, uint32_t k, swizzle mode) {
@@ -317,8 +315,7 @@ PBS_DEVICE void consume(smem_plan<D> &s, int group, const tensor_map *out, const
     }
 }
 
-/* ---- the kernel -------------------------------------------------------------------------------
- */
+/* ---- the kernel ----------------------------------------------------------------------------- */
 template <int D, int bug>
 PBS_KERNEL(THREADS, 1)
 toy_attend(const __grid_constant__ tensor_map q, const __grid_constant__ tensor_map k,

@@ -19,13 +19,6 @@
 #include <algorithm>
 #include <string.h>
 
-#if defined(__x86_64__) && !defined(__SANITIZE_ADDRESS__) && defined(__GNUC__) && \
-    !defined(__clang__)
-#define EMU_FOR_EVERY_CPU __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define EMU_FOR_EVERY_CPU
-#endif
-
 namespace emu {
 
 constexpr int THREADS = 128, ROWS = 64, STEP = 16, MAX_COLUMNS = 256;
@@ -102,102 +95,20 @@ caller caller_of(const char *name) {
     return {t, s, s.groups[group], s.threads[static_cast<size_t>(t.number)], t.number % THREADS};
 }
 
-/* ---- operands in shared memory ----------------------------------------------------------------
- */
-struct matrix {
-    pbs::swizzle mode;
-    uint32_t start, leading, stride;
-};
-
-matrix decode(const char *name, uint64_t descriptor) {
-    matrix m;
-    m.mode = static_cast<pbs::swizzle>(descriptor >> 62);
-    m.start = static_cast<uint32_t>(descriptor & 0x3fff) << 4;
-    m.leading = static_cast<uint32_t>(descriptor >> 16 & 0x3fff) << 4;
-    m.stride = static_cast<uint32_t>(descriptor >> 32 & 0x3fff) << 4;
-    if (descriptor >> 49 & 7) fail("%s: a descriptor with a base offset", name);
-    const uint32_t period = pbs::swizzle_period(m.mode), width = pbs::swizzle_width(m.mode);
-    if (m.start % period >= width)
-        fail("%s: a matrix at shared address %u whose swizzle does not start on %u bytes", name,
-             m.start, period);
-    return m;
-}
-
-/* 16 bytes, swizzled, at this offset from the matrix' start. check: for the copies, the fences. */
-void read_chunk(block &b, const char *name, const matrix &m, uint32_t offset, uint16_t *to,
-                bool check) {
-    const uint32_t address = pbs::swizzled(m.mode, m.start + offset);
-    if (check) {
-        const uint32_t at = shared_offset(self(), name, address, 16, 16);
-        check_in_flight(self(), name, at, 16);
-        check_fenced(b, name, at, 16);
-    }
-    memcpy(to, b.shared + (address - SHARED_BASE), 16);
-}
-
-/* rows x 16 of k. K-major: to[row][k]; MN-major: to[k][row]. */
-void read_operand(block &b, const char *name, uint64_t descriptor, bool mn_major, uint32_t rows,
-                  uint16_t *to, bool check) {
-    const matrix m = decode(name, descriptor);
-    if (!mn_major) {
-        for (uint32_t row = 0; row < rows; row++)
-            for (uint32_t k = 0; k < STEP; k += 8)
-                read_chunk(b, name, m, pbs::k_major_offset(m.mode, m.leading, m.stride, row, k),
-                           to + row * STEP + k, check);
-    } else {
-        for (uint32_t k = 0; k < STEP; k++)
-            for (uint32_t row = 0; row < rows; row += 8)
-                read_chunk(b, name, m, pbs::mn_major_offset(m.mode, m.leading, m.stride, row, k),
-                           to + k * rows + row, check);
-    }
-}
-
 constexpr const char *NAME = "wgmma";
 
 void read_operands(block &b, const wgmma_operands &what, uint16_t *a, uint16_t *bs, bool check) {
-    if (!what.a_in_registers) read_operand(b, "wgmma (A)", what.a, false, ROWS, a, check);
-    read_operand(b, "wgmma (B)", what.b, what.transpose_b, static_cast<uint32_t>(what.columns), bs,
-                 check);
-}
-
-/* ---- the product ------------------------------------------------------------------------------
- */
-/* c[64][n] += a[64][16] b[16][n], fp32, in the order of k. */
-EMU_FOR_EVERY_CPU
-void multiply(float *__restrict c, const float *__restrict a, const float *__restrict b, int n) {
-    for (int row = 0; row < ROWS; row++)
-        for (int j = 0; j < n; j += 32) {
-            float sum[32];
-            for (int i = 0; i < 32; i++) sum[i] = c[row * n + j + i];
-            for (int k = 0; k < STEP; k++)
-                for (int i = 0; i < 32; i++) sum[i] += a[row * STEP + k] * b[k * n + j + i];
-            for (int i = 0; i < 32; i++) c[row * n + j + i] = sum[i];
-        }
-}
-
-template <float (*to_float)(uint16_t)>
-void convert(const operation &o, float *__restrict a, float *__restrict b) {
-    const int n = o.what.columns;
-    for (int i = 0; i < ROWS * STEP; i++) a[i] = to_float(o.a[i / STEP][i % STEP]);
-    if (o.what.transpose_b) {
-        for (int i = 0; i < STEP * n; i++) b[i] = to_float(o.b[i]);
-    } else {
-        for (int j = 0; j < n; j++)
-            for (int k = 0; k < STEP; k++) b[k * n + j] = to_float(o.b[j * STEP + k]);
-    }
+    if (!what.a_in_registers) read_wgmma_operand(b, "wgmma (A)", what.a, false, ROWS, a, check);
+    read_wgmma_operand(b, "wgmma (B)", what.b, what.transpose_b,
+                       static_cast<uint32_t>(what.columns), bs, check);
 }
 
 void compute(block &home, operation &o) {
-    const int n = o.what.columns;
     read_operands(home, o.what, &o.a[0][0], o.b, true);
-    float a[ROWS * STEP], b[STEP * MAX_COLUMNS];
-    (o.what.is_bf16 ? convert<bf16_to_float> : convert<fp16_to_float>)(o, a, b);
-    if (!o.what.accumulate) memset(o.on->value, 0, sizeof(float) * static_cast<size_t>(ROWS * n));
-    multiply(o.on->value, a, b, n);
+    wgmma_product(o.what, &o.a[0][0], o.b, o.on->value);
 }
 
-/* ---- registers --------------------------------------------------------------------------------
- */
+/* ---- registers ------------------------------------------------------------------------------ */
 float *value_at(chain &c, int columns, int index, int e) {
     const uint32_t t = static_cast<uint32_t>(index), i = static_cast<uint32_t>(e);
     return &c.value[pbs::accumulator_row(t, i) * static_cast<uint32_t>(columns) +
@@ -234,8 +145,7 @@ chain *chain_of(warpgroup &g, int index, const float *d) {
     return nullptr;
 }
 
-/* ---- issue ------------------------------------------------------------------------------------
- */
+/* ---- issue ---------------------------------------------------------------------------------- */
 bool same(const wgmma_operands &x, const wgmma_operands &y) {
     return x.columns == y.columns && x.is_bf16 == y.is_bf16 && x.transpose_b == y.transpose_b &&
            x.accumulate == y.accumulate && x.a_in_registers == y.a_in_registers && x.a == y.a &&
@@ -309,8 +219,7 @@ void wgmma_commit() {
     me.w.group_ends.push_back(me.w.issued);
 }
 
-/* ---- wait -------------------------------------------------------------------------------------
- */
+/* ---- wait ----------------------------------------------------------------------------------- */
 static std::string wait_state(const thread &t) {
     const warpgroup &g = *static_cast<const warpgroup *>(t.waits.object);
     const size_t next = static_cast<size_t>(g.complete - g.first);
