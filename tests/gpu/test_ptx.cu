@@ -208,6 +208,42 @@ int main(int argc, char **argv) {
 
 #else
 
+namespace {
+
+/* Element by element: where box element i of place p lies in the tensor, -1 outside, and in the box
+ * of shared memory; in elements. */
+int64_t tensor_index(const ptx_case &c, int p, uint32_t i) {
+    int64_t index = 0;
+    for (int d = 0; d < c.shape.rank; d++) {
+        const int64_t x = c.at[p][d] + i % static_cast<uint32_t>(c.shape.box[d]);
+        i /= static_cast<uint32_t>(c.shape.box[d]);
+        if (x < 0 || x >= c.shape.size[d]) return -1;
+        index += x * (d ? c.shape.stride[d] / 2 : 1);
+    }
+    return index;
+}
+
+/* What the cases of the copy engine should give, without the emulation. */
+words copied(const ptx_case &c, const words &in) {
+    words out(c.out_words);
+    const uint16_t *from = reinterpret_cast<const uint16_t *>(in.data());
+    uint16_t *to = reinterpret_cast<uint16_t *>(out.data());
+    const uint32_t elements = box_bytes(c.shape) / 2;
+    const uint32_t copies = c.stores ? 1 : static_cast<uint32_t>(c.cluster);
+    for (uint32_t block = 0; block < copies; block++)
+        for (uint32_t p = 0; p < PLACES; p++)
+            for (uint32_t i = 0; i < elements; i++) {
+                const int64_t there = tensor_index(c, static_cast<int>(p), i);
+                const uint32_t here = swizzled(c.mode, 2 * i) / 2;
+                if (c.stores && there >= 0) to[there] = from[(p * elements + here) % 8192];
+                if (!c.stores)
+                    to[(block * PLACES + p) * elements + here] = there < 0 ? 0 : from[there];
+            }
+    return out;
+}
+
+} // namespace
+
 int main(int argc, char **argv) {
     FILE *file = argc > 1 ? fopen(argv[1], "wb") : nullptr;
     if (!file) return printf("usage: %s FILE\n", argv[0]), 2;
@@ -222,6 +258,10 @@ int main(int argc, char **argv) {
             if (i == 0) expected = got;
             if (fine && got != expected) printf("%s: another order, other results\n", c.name);
             fine = fine && got == expected;
+        }
+        if (fine && c.shape.rank && expected != copied(c, in)) {
+            printf("%s, swizzle %d: not the elements of the box\n", c.name, c.mode);
+            fine = false;
         }
         fine = fine && run(c, without_signs, magnitudes);
         fwrite(expected.data(), 4, expected.size(), file);
