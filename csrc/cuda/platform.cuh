@@ -29,7 +29,7 @@
 #define PBS_UNROLL _Pragma("unroll")
 #define PBS_NO_UNROLL _Pragma("unroll 1")
 /* plan &name: the block's dynamic shared memory seen as one struct. */
-#define PBS_SHARED(plan, name)                                      \
+#define PBS_SHARED(plan, name)                                     \
     extern __shared__ __align__(1024) unsigned char pbs_shared_[]; \
     plan &name = *reinterpret_cast<plan *>(pbs_shared_)
 
