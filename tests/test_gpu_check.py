@@ -149,8 +149,7 @@ def test_stopped_midway(tmp_path, number):
         import sys
         sys.path.insert(0, {str(ROOT / "tools")!r})
         from types import SimpleNamespace
-        from fake_gpu import PROPERTIES  # noqa: E402
-from gpu_check import cli, runner
+        from gpu_check import cli, runner
         runner.GRACE, cli.LOGS = 0.3, cli.Path({str(tmp_path / "logs")!r})
         def step(name, code):
             return runner.Step(name, "", [sys.executable, "-c", code], 60, required=True)
@@ -160,12 +159,9 @@ from gpu_check import cli, runner
         sys.exit(cli.check(args, {FACTS!r}, todo))
     """
     command = [sys.executable, "-c", textwrap.dedent(code)]
+    log = tmp_path / "logs" / "ptx.log"
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
-        for line in run.stdout:
-            if line.startswith("ptx"):
-                break
-        log = tmp_path / "logs" / "ptx.log"
-        while not (log.is_file() and log.stat().st_size):
+        while run.poll() is None and not (log.is_file() and log.stat().st_size):
             time.sleep(0.05)
         run.send_signal(number)
         rest = run.stdout.read()
