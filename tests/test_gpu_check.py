@@ -268,7 +268,7 @@ def test_order_and_commands(monkeypatch):
     assert set(steps.TESTS) < set(found)
     assert found["build"].environment["PBS_CUDA_ARCHS"] == "90"  # no such nvcc: the GPU's own
     assert found["build"].environment["MAX_JOBS"] == "16"
-    assert found["ptx"].command[-2:] == ["GPU_ARCH=sm90", "NVCC=/cuda/bin/nvcc"]
+    assert found["ptx"].command[-2:] == ["ptx-gpu", "NVCC=/cuda/bin/nvcc"]
     for each in found.values():  # programs and folders that a step names exist
         files = [a for a in each.command if a.startswith(("tests/", "tools/", "setup.py"))]
         assert all((ROOT / name).exists() for name in files), each.command
@@ -282,7 +282,7 @@ def test_less_is_said_not_failed(tmp_path):
         assert found[name].missing, name
     assert found["kernels"].missing is None and found["doctor"].missing is None
     assert "setup.py" not in found["build"].command
-    if not (ROOT / "build/ptx/test_ptx-sm90").is_file():
+    if not (ROOT / "build/ptx/test_ptx").is_file():
         assert "no nvcc" in found["ptx"].missing
 
 

@@ -196,8 +196,8 @@ pbs_status pbs_check_scale(float *softmax_scale, int32_t head_dim) {
 pbs_status pbs_check_tau(float tau, const float *tau_heads, const pbs_dims *d) {
     if (!tau_heads && !isfinite(tau))
         return pbs_fail(PBS_ERR_VALUE, "tau: %g; a finite number is needed", (double)tau);
-    if (d->backend->on_device) return PBS_OK; /* a NaN keeps every block */
-    for (int32_t h = 0; tau_heads && h < d->heads_q; h++)
+    if (!tau_heads || d->backend->on_device) return PBS_OK; /* there, a NaN keeps every block */
+    for (int32_t h = 0; h < d->heads_q; h++)
         if (!isfinite(tau_heads[h]))
             return pbs_fail(PBS_ERR_VALUE, "tau_heads[%d]: %g; a finite number is needed", h,
                             (double)tau_heads[h]);

@@ -32,6 +32,7 @@ pbs_status pbs_check_segment(int32_t segment_size, int32_t block_size, pbs_dims 
 
 pbs_status pbs_check_enum(const char *name, int value, int count);
 pbs_status pbs_check_scale(float *softmax_scale, int32_t head_dim);
+/* dims: read only with tau_heads, NULL without. */
 pbs_status pbs_check_tau(float tau, const float *tau_heads, const pbs_dims *dims);
 pbs_status pbs_check_exec(pbs_exec *exec, const pbs_dims *dims);
 

@@ -118,7 +118,7 @@ static void budget(const row *r, float tau) {
 static pbs_status check_strip(pbs_rule rule, float tau, const pbs_strip *strip,
                               const uint32_t *bits, const uint32_t *scratch) {
     PBS_TRY(pbs_check_enum("rule", (int)rule, 4));
-    PBS_TRY(pbs_check_tau(tau, NULL, 0));
+    PBS_TRY(pbs_check_tau(tau, NULL, NULL));
     PBS_TRY(pbs_check_pointer("strip", strip, 1));
     if (strip->rows < 0 || strip->cols < 0)
         return pbs_fail(PBS_ERR_SHAPE, "strip: %d rows, %d cols; 0 or more is allowed", strip->rows,

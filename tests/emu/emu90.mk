@@ -25,7 +25,8 @@ build/ptx_expected.bin: build/emu-gcc/test_ptx
 # ---- nvcc -----------------------------------------------------------------------------------------
 PTX_NVCC = $(NVCC) -std=c++17 -O3 -Itests/emu -Icsrc -Icsrc/include -Xptxas -v
 PTX_SM90 := -gencode arch=compute_90a,code=sm_90a
-PTX_BOTH := -gencode arch=compute_80,code=sm_80 $(PTX_SM90)
+# PTX of sm_80 for what comes after 9.0.
+PTX_BOTH := -gencode "arch=compute_80,code=[sm_80,compute_80]" $(PTX_SM90)
 PTX_SOURCES := $(wildcard tests/emu/*.h tests/emu/*.cuh csrc/cuda/*.cuh)
 
 # ptx_object NAME, SOURCE, FLAGS: compiled, and the notes of ptxas read.
