@@ -23,8 +23,8 @@ include check.mk
 include tests/emu/emu.mk
 emu: $(VENV)/.torch
 
-.PHONY: help demo test test-long build bench lint format cuda resources symbols unit tf457 demo-short \
-	examples clean
+.PHONY: help demo test test-long build bench lint format cuda prebuilt resources symbols unit tf457 \
+	demo-short examples clean
 
 help: ## this list
 	@echo "make TARGET"
@@ -64,6 +64,11 @@ format: $(VENV)/.dev ## ruff and clang-format, in place
 cuda: build ## every CUDA kernel for every target, and what ptxas says of it
 	@if nvcc=$$($(PY) build_tools/cuda.py); then $(MAKE) --no-print-directory resources; \
 	else tools/need nvcc "$$nvcc: the CUDA kernels were NOT compiled"; fi
+
+prebuilt: build $(VENV)/.torch ## what tools/gpu_check.sh --prebuilt takes to a machine without nvcc
+	@$(emu_make) ptx-program
+	@$(PY) -m benchmarks.peak.mma
+	@ls -sh1 pbs_attn/_C*.so build/ptx/test_ptx build/ptx_expected.bin build/peak/mma.so
 
 resources: ## registers, shared memory and spills of the CUDA kernels as they were built
 	$(PY) tools/kernel_resources.py

@@ -11,7 +11,7 @@
 NVCC ?= $(firstword $(shell command -v nvcc /usr/local/cuda/bin/nvcc 2>/dev/null))
 PTX_RUNTIME := $(EMU_RUNTIME) csrc/cuda/tensor_map.cu csrc/core/status.c
 
-.PHONY: ptx-emu ptx-check ptx-gpu
+.PHONY: ptx-emu ptx-check ptx-program ptx-gpu
 ptx-emu: build/ptx_expected.bin
 emu-run-gcc: ptx-emu
 
@@ -56,6 +56,8 @@ build/ptx/status.o: csrc/core/status.c
 
 build/ptx/test_ptx: $(addprefix build/ptx/,test_ptx.o toy_kernels.o tensor_map.o status.o)
 	$(NVCC) $^ -o $@
+
+ptx-program: build/ptx_expected.bin build/ptx/test_ptx
 
 ptx-gpu: ## every PTX function on this machine's GPU, against the emulation
 	@$(emu_make) build/ptx_expected.bin build/ptx/test_ptx
