@@ -264,7 +264,8 @@ def machine(**options):
 def test_order_and_commands(monkeypatch):
     monkeypatch.delenv("PBS_CUDA_ARCHS", raising=False)
     found = {s.name: s for s in steps.all_steps(machine())}
-    assert list(found)[:3] == ["build", "ptx", "doctor"] and list(found)[-1] == "break-even"
+    assert list(found)[:3] == ["build", "ptx", "doctor"]
+    assert list(found)[-4:] == ["break-even", *steps.SANITIZERS]  # these may find no time left
     assert set(steps.TESTS) < set(found)
     assert found["build"].environment["PBS_CUDA_ARCHS"] == "90"  # no such nvcc: the GPU's own
     assert found["build"].environment["MAX_JOBS"] == "16"

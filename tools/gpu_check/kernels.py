@@ -234,10 +234,10 @@ def main(arguments=None) -> int:
         return 1
     wrong = 0
     for case in cases(args.few):
+        print(f"{case}", flush=True)  # before a kernel can hang
         found = compare(case, device)
         allowed = {"attend": OUTPUTS[case.dtype]}
         bad = [verb for verb, off in found.items() if not off <= allowed.get(verb, FP32)]
-        print(f"{case}")
         print("   " + ", ".join(f"{verb} {off:.1e}" for verb, off in found.items()))
         if bad:
             print(f"   WRONG: {', '.join(bad)}")

@@ -84,9 +84,12 @@ def target(machine: Machine) -> str:
 
 
 def all_steps(m: Machine) -> list[Step]:
-    """In the order in which they run."""
+    """In the order in which they run: what says most in little time first. The sanitizers look for
+    what the emulation looks for too; they get what is left."""
     first = [build(m), ptx(m), doctor(m), kernels(m)]
-    return [*first, *tests(m), *sanitizers(m), model(m), *benchmarks(m)]
+    cases, on_gpu, large, models = tests(m)
+    bench, break_even = benchmarks(m)
+    return [*first, cases, on_gpu, bench, model(m), large, models, break_even, *sanitizers(m)]
 
 
 # ---- build, test_ptx, doctor ---------------------------------------------------------------------
@@ -166,6 +169,8 @@ def kernels(m: Machine) -> Step:
 def tests(m: Machine) -> list[Step]:
     """The cases of the emulation in parallel; the others alone on the GPU, for its memory."""
     pytest = [m.python, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
+    # A kernel that hangs takes its process along: the log says before that where it was.
+    pytest += ["-o", "faulthandler_timeout=45"]
     parallel = ["-n", str(min(m.jobs, 8))] if "xdist" in m.modules and m.jobs > 1 else []
     parts = {"tests": [], "tests-gpu": [], "tests-large": [], "tests-models": []}
     parts["tests"] = sorted((ROOT / "tests").glob("test_emu_*.py"))
