@@ -179,6 +179,7 @@ size_t count_differences(const ptx_case &c, const words &got, const words &expec
 int run_toy_kernels(); /* toy_kernels.cu */
 
 int main(int argc, char **argv) {
+    setvbuf(stdout, nullptr, _IOLBF, 4096); /* a log shows where a kernel hung */
     FILE *file = argc > 1 ? fopen(argv[1], "rb") : nullptr;
     if (!file) return printf("usage: %s FILE, which the emulation wrote\n", argv[0]), 2;
     cudaDeviceProp device;
