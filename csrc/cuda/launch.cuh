@@ -15,8 +15,12 @@ namespace pbs {
 
 /* Beyond this much dynamic shared memory a kernel must say so before it is launched. */
 constexpr size_t SHARED_WITHOUT_ASKING = 48 << 10;
+/* And then asks for this, which every device since sm_80 has: the limit holds for all threads of
+ * the host, so one that asked for just its own need could take away another's before its launch. */
+constexpr size_t SHARED_TO_ASK_FOR = 99 << 10;
 
 inline pbs_status device_error(const char *what, cudaError_t error) {
+    cudaGetLastError(); /* not to be found by the next launch */
     return pbs_fail(PBS_ERR_DEVICE, "%s: %s", what, cudaGetErrorString(error));
 }
 
@@ -29,8 +33,9 @@ pbs_status launch(const pbs_exec &exec, const char *name, void (*kernel)(P...), 
         return pbs_fail(PBS_ERR_UNSUPPORTED, "%s: %lld blocks in one launch; at most 2^31 - 1",
                         name, static_cast<long long>(blocks));
     if (shared > SHARED_WITHOUT_ASKING) {
+        const size_t limit = shared > SHARED_TO_ASK_FOR ? shared : SHARED_TO_ASK_FOR;
         const cudaError_t error = cudaFuncSetAttribute(
-            kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+            kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(limit));
         if (error != cudaSuccess) return device_error(name, error);
     }
     kernel<<<static_cast<unsigned>(blocks), threads, shared,
