@@ -9,6 +9,7 @@ import test_golden
 import torch
 from harness import bits_of, check_prefill, config_of, cut_of, geometry_of, sequences_of
 from numerics import assert_blocks, assert_k_perm
+from test_emu_score import NOISE
 
 from pbs_attn import ops, reference
 from pbs_attn.selection import PERMUTES_QUERIES
@@ -33,11 +34,11 @@ def check(backend, q, k, v, config, case=None, **heads):
     q_perm = run.q_perm if config.permute in PERMUTES_QUERIES else None
     what = f"{backend} prefill {config.permute} {config.select} {case and case.name}"
     check_prefill(out, lse, q, k, v, bits, k_perm, config, case, q_perm, what)
-    check_plan(q, k, v, bits, k_perm, q_perm, config, case, what, **heads)
+    check_plan(backend, q, k, v, bits, k_perm, q_perm, config, case, what, **heads)
     return got
 
 
-def check_plan(q, k, v, bits, k_perm, q_perm, config, case, what, **heads):
+def check_plan(backend, q, k, v, bits, k_perm, q_perm, config, case, what, **heads):
     """The order is that of the CPU's scores and the blocks are those of the exact masses, up to
     neighbours that fp32 cannot tell apart."""
     ordered = config.permute in ("keys", "both") and not {"k_perm_in", "permute_heads"} & set(heads)
@@ -51,9 +52,11 @@ def check_plan(q, k, v, bits, k_perm, q_perm, config, case, what, **heads):
         keys, rows = seq.k.shape[1], seq.q.shape[1]
         own = k_perm[seq.index, :, :keys]
         if ordered:
+            # two scores, each as far off as test_emu_score.py allows on a real GPU
+            tolerance = 4 * NOISE[backend.name] or 1e-5
             assert_k_perm(
-                own, score[seq.index, :, :keys], segment_size=config.segment_size, tolerance=1e-5,
-                what=what,
+                own, score[seq.index, :, :keys], segment_size=config.segment_size,
+                tolerance=tolerance, what=what,
             )  # fmt: skip
         if not rows or not keys:
             continue
