@@ -39,6 +39,7 @@ def library(archs="80+PTX;90"):
         build_info=lambda: {"archs": archs, "nvcc": "13.0"},
         kv_packed_bytes=_load.load().kv_packed_bytes,
         prefill_workspace_size=_load.load().prefill_workspace_size,
+        refuses=lambda index: None,
     )
 
 
@@ -152,6 +153,25 @@ def test_capabilities(gpu, capability, archs, said):
     assert supports(*tensors(), SPARSE) == (said and "device")
     refusal = devices.refusal(GPU)
     assert refusal is None if said is None else said in refusal
+
+
+def test_a_driver_that_is_too_old_for_the_library(gpu, monkeypatch):
+    monkeypatch.setattr(_load.CUDA, "refuses", lambda index: f"driver of GPU {index} too old")
+    assert devices.refusal(GPU) == "driver of GPU 0 too old"
+    assert supports(*tensors(), SPARSE) == "device"
+
+
+@pytest.mark.parametrize("said", [None, "too old"])
+def test_what_the_library_says_is_asked_while_tracing(gpu, monkeypatch, said):
+    asked = []
+    monkeypatch.setattr(_load.CUDA, "refuses", lambda index: asked.append(index) or said)
+    config = SPARSE.replace(strict=False)
+    torch._dynamo.reset()
+    call = torch.compile(
+        lambda q, k, v: pbs_attention(q, k, v, config=config), fullgraph=True, backend="eager"
+    )
+    q, k, v = tensors()
+    assert call(q, k, v).shape == q.shape and asked
 
 
 def test_without_the_library_the_reason_is_the_loaders(gpu, monkeypatch, caplog):

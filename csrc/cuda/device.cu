@@ -48,7 +48,10 @@ void pbs_cuda_leave(int32_t device, int32_t previous) { (void)device, (void)prev
 
 const char *pbs_cuda_refuses(int32_t device) {
     const int capability = pbs_cuda_capability(device);
-    if (capability == 0) return "device: it cannot be asked for its compute capability";
+    if (capability == 0)
+        return "device: it cannot be asked for its compute capability; the driver may be older "
+               "than "
+               "the CUDA runtime of this library";
     if (capability < 80) return "device: compute capability 8.0 or later is needed";
     return nullptr;
 }
