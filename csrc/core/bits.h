@@ -8,9 +8,13 @@
 #include "geometry.h"
 
 PBS_HD int32_t pbs_popcount(uint32_t x) {
+#if defined(__CUDA_ARCH__)
+    return __popc(x);
+#else
     x -= x >> 1 & 0x55555555u;
     x = (x & 0x33333333u) + (x >> 2 & 0x33333333u);
     return (int32_t)(((x + (x >> 4)) & 0x0f0f0f0fu) * 0x01010101u >> 24);
+#endif
 }
 
 /* Those of word w that lie below n. */

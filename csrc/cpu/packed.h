@@ -16,8 +16,8 @@
 #include "../core/arena.h"
 #include "../core/check.h"
 #include "../core/random.h"
-#include "kernels.h"
 #include "convert.h"
+#include "kernels.h"
 
 #define PBS_PACKED_MAGIC UINT64_C(0x31564b5f53425000) /* "\0PBS_KV1" */
 

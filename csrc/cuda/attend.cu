@@ -28,7 +28,7 @@ attend_args args_of(const pbs_attend_params *p, const pbs_dims *d) {
     a.lse = p->lse;
     a.bits = p->bits;
     a.q_perm = p->q_perm;
-    a.softmax_scale_log2 = p->softmax_scale * LOG2_E;
+    a.softmax_scale_log2 = p->softmax_scale * PBS_LOG2_E;
     a.heads_sel = p->heads_sel;
     a.own = p->own;
     const bool natural = p->own == PBS_OWN_MASK || p->own == PBS_OWN_ALL;

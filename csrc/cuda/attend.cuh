@@ -14,6 +14,7 @@
 #ifndef PBS_CUDA_ATTEND_CUH
 #define PBS_CUDA_ATTEND_CUH
 
+#include "../core/bits.h"
 #include "packed.cuh"
 #include "rows.cuh"
 
@@ -94,12 +95,6 @@ struct key_walk {
 
 PBS_DEVICE int32_t highest_bit(uint32_t word) { return 31 - __clz(static_cast<int>(word)); }
 
-/* Bits of word w that lie below n. */
-PBS_DEVICE uint32_t bits_below(int32_t n, int32_t w) {
-    const int32_t left = n - 32 * w;
-    return left >= 32 ? 0xffffffffu : (1u << pbs_max_i32(left, 0)) - 1;
-}
-
 /* The tile after the current one. */
 template <int BLOCK_N>
 PBS_DEVICE void walk_next(key_walk &walk, const uint32_t *bits, const key_span &span,
@@ -112,7 +107,7 @@ PBS_DEVICE void walk_next(key_walk &walk, const uint32_t *bits, const key_span &
             return;
         }
         walk.word--;
-        walk.blocks = bits[walk.word] & bits_below(span.hist_end, walk.word);
+        walk.blocks = bits[walk.word] & pbs_bits_below(span.hist_end, walk.word);
     }
     const int32_t n = highest_bit(walk.blocks);
     walk.blocks ^= 1u << n;

@@ -4,9 +4,8 @@
  * one is left over at the end; equally long ones by (batch, head, block), whose neighbours share K
  * and V in L2. A stable counting sort in two launches, without atomics:
  *
- *   order_count   length of every item -> its bucket; how many of each bucket in each group of
- * items order_place   place = items of earlier buckets + of this bucket in earlier groups + in this
- * one
+ *   order_count   length of every item -> its bucket; how many a group has of each bucket
+ *   order_place   place = items of earlier buckets + of its own bucket before it
  *
  * With more than BUCKETS lengths, lengths that differ by less than 1 / BUCKETS of the longest count
  * as equal. The order changes when a result is made, never the result.
@@ -40,10 +39,7 @@ PBS_DEVICE int32_t item_length(const attend_args &a, int32_t item) {
     const key_span span = span_of(a, s, i.m, first, d.block_q, d.block_k);
     int32_t length = pbs_ceil_div(pbs_max_i32(span.end - span.own_begin, 0), d.block_k);
     if (a.own == PBS_OWN_ALL) return length;
-    const uint32_t *bits = bits_of(a, i);
-    for (int32_t w = 0; 32 * w < span.hist_end; w++)
-        length += __popc(bits[w] & bits_below(span.hist_end, w));
-    return length;
+    return length + pbs_count_bits(bits_of(a, i), span.hist_end);
 }
 
 struct order_plan {

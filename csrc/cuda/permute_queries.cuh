@@ -11,6 +11,7 @@
 
 #include <math.h>
 
+#include "../core/bits.h"
 #include "permute.cuh"
 
 namespace pbs {
@@ -48,13 +49,6 @@ PBS_DEVICE float similarity_of(const head_rows &q, int64_t row, int32_t head_dim
 }
 
 PBS_DEVICE bool bit_of(const uint32_t *words, int32_t i) { return words[i / 32] >> (i % 32) & 1; }
-
-/* Bits set below place i. */
-PBS_DEVICE int32_t bits_below(const uint32_t *words, int32_t i) {
-    int32_t count = __popc(words[i / 32] & ((1u << i % 32) - 1));
-    for (int32_t w = 0; w < i / 32; w++) count += __popc(words[w]);
-    return count;
-}
 
 template <class T> PBS_KERNEL(SUM_THREADS, 3) permute_queries(const permute_run run) {
     PBS_SHARED(queries_plan, shared);
@@ -98,7 +92,7 @@ template <class T> PBS_KERNEL(SUM_THREADS, 3) permute_queries(const permute_run 
         __syncthreads();
         for (int32_t i = thread; i < size; i += SUM_THREADS)
             if (bit_of(shared.mine, i))
-                q_perm[first + n * d.block_q + bits_below(shared.mine, i)] = first + i;
+                q_perm[first + n * d.block_q + pbs_count_bits(shared.mine, i)] = first + i;
         for (int32_t w = thread; w < size / 32; w += SUM_THREADS) shared.taken[w] |= shared.mine[w];
     }
 }

@@ -13,7 +13,6 @@
 
 namespace pbs {
 
-constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float LN_2 = 0.6931471805599453f;
 
 PBS_DEVICE float minus_infinity() { return -__builtin_inff(); }
