@@ -8,6 +8,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #include "cpu/convert.h"
 
@@ -192,3 +193,22 @@ int is_emulated(pbs_isa isa) { return isa >= PBS_ISA_EMU_AVX2 && isa <= PBS_ISA_
 size_t grid_step(pbs_isa isa) { return is_emulated(isa) ? 3 * PBS_TEST_THIN : PBS_TEST_THIN; }
 
 size_t grid_first(pbs_isa isa) { return (size_t)isa % grid_step(isa); }
+
+static int wanted(const char *name, int argc, char **argv) {
+    for (int i = 1; i < argc; i++)
+        if (strcmp(argv[i], name) == 0) return 1;
+    return argc == 1;
+}
+
+void run_tests(const test_case *tests, size_t count, int argc, char **argv) {
+    for (size_t i = 0; i < count; i++) {
+        if (!wanted(tests[i].name, argc, argv)) continue;
+        int checks = test_checks, failures = test_failures;
+        clock_t start = clock();
+        test_name = tests[i].name;
+        tests[i].run();
+        printf("%-8s %7d checks %3d failed %6.2f s\n", test_name, test_checks - checks,
+               test_failures - failures, (double)(clock() - start) / CLOCKS_PER_SEC);
+        fflush(stdout);
+    }
+}

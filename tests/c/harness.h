@@ -107,6 +107,15 @@ typedef struct brute_attend_args {
 void brute_attend_row(const problem *p, const brute_attend_args *args, int32_t b, int32_t hq,
                       int32_t row, double *out, double *lse);
 
+/* ---- running ----------------------------------------------------------------------------------
+ */
+typedef struct test_case {
+    const char *name;
+    void (*run)(void);
+} test_case;
+/* All of them, or those that argv names; a line for each. */
+void run_tests(const test_case *tests, size_t count, int argc, char **argv);
+
 /* ---- the tests ------------------------------------------------------------------------------- */
 void test_convert(void);
 void test_rule(void);
