@@ -3,6 +3,7 @@
 there is one. `-k emu` or `-m gpu` picks."""
 
 import emu_backend
+import meta_gpu
 import pytest
 import torch
 
@@ -17,3 +18,8 @@ def backend(request):
     torch.set_num_threads(1)
     yield chosen
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    return meta_gpu.install(monkeypatch)
