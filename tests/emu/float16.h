@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * bf16 and fp16 by bits, rounded to nearest even as cvt.rn does; every NaN becomes 0x7fff.
+ * bf16 and fp16 by bits, rounded to nearest even as cvt.rn does; every NaN becomes 0x7fff. Apart
+ * from csrc/cpu/convert.h on purpose: tests hold results of the one against those of the other.
  */
 #ifndef EMU_FLOAT16_H
 #define EMU_FLOAT16_H

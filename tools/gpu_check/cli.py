@@ -19,7 +19,7 @@ examples:
   tools/gpu_check.sh --dry-run                their commands and limits; needs no GPU
   tools/gpu_check.sh --only ptx --only tests  a part of it: writes gpu_check-partial.json
   tools/gpu_check.sh --model ~/models/llama --minutes 20
-  PYTHON=/opt/torch/bin/python PBS_CUDA_ARCHS=80 tools/gpu_check.sh --out /tmp/check
+  PYTHON=~/torch/bin/python PBS_CUDA_ARCHS=80 tools/gpu_check.sh --out ~/check
 
 Results: benchmarks/results/<gpu>/gpu_check.json, rewritten whole after every step, gpu_check.md
 beside it, and what the benchmarks save. Whole outputs of the steps: build/gpu_check/<step>.log.
