@@ -84,22 +84,25 @@ class Stopwatch:
         return self.total + sum(a.elapsed_time(b) for a, b in self.events) / 1e3
 
 
-def _last_row_only(model):
+def last_row_only(model):
     """The keyword that keeps the head from computing every row, where the model has it."""
     known = inspect.signature(model.forward).parameters
     return {"logits_to_keep": 1} if "logits_to_keep" in known else {}
 
 
 @torch.inference_mode()
-def prefill(model, ids, tick=lambda: None):
-    """Run `ids` [1, N] through the model with a fresh cache."""
+def prefill(model, ids, tick=lambda: None, cache=None):
+    """Run `ids` [1, N] through the model, after what `cache` holds if one is given."""
     seen = []
     hook = model.base_model.register_forward_hook(lambda m, args, output: seen.append(output))
     clock = Stopwatch(ids.device, tick)
     try:
         with wrapped_attention(model, clock.wrap):
             start = time.perf_counter()
-            output = model(ids, use_cache=True, return_dict=True, **_last_row_only(model))
+            output = model(
+                ids, past_key_values=cache, use_cache=True, return_dict=True,
+                **last_row_only(model),
+            )  # fmt: skip
             next_token = int(output.logits[0, -1].argmax())  # waits for the device
             seconds = time.perf_counter() - start
     finally:
@@ -110,31 +113,43 @@ def prefill(model, ids, tick=lambda: None):
     )
 
 
+@contextlib.contextmanager
+def lm_head(model, output_type):
+    """Yields a function: hidden rows [1, n, hidden_size] -> their logits fp32 [n, vocabulary].
+
+    They go through the model's own forward, whose decoder is swapped for one that returns those
+    rows: softcaps and scalings of logits stay the model's. output_type: of the decoder's output.
+    """
+    base = model.base_model
+    own = base.__dict__.get("forward")  # set by hooks of accelerate; mostly there is none
+
+    def logits(rows):
+        base.forward = lambda *args, **kwargs: output_type(last_hidden_state=rows)
+        ids = torch.zeros(rows.shape[:2], dtype=torch.long, device=rows.device)
+        return model(ids, return_dict=True).logits[0].float()
+
+    try:
+        yield logits
+    finally:
+        if own is not None:
+            base.forward = own
+        else:
+            base.__dict__.pop("forward", None)
+
+
 @torch.inference_mode()
 def token_losses(model, ids, run):
     """(loss fp32 [N - 1], best next token [N]) from the hidden states of a prefill.
 
-    The head runs a few hundred rows at a time through the model's own forward, whose decoder is
-    swapped for one that returns those rows: softcaps and scalings of logits stay the model's.
+    The head runs a few hundred rows at a time.
     """
-    base, length = model.base_model, ids.shape[1]
     losses, best = [], []
-    own = base.__dict__.get("forward")  # set by hooks of accelerate; mostly there is none
-    try:
-        for start in range(0, length, HEAD_CHUNK):
-            rows = run.hidden[:, start : start + HEAD_CHUNK]
-            base.forward = lambda *args, rows=rows, **kwargs: run.output_type(
-                last_hidden_state=rows
-            )
-            logits = model(ids[:, start : start + HEAD_CHUNK], return_dict=True).logits[0].float()
+    with lm_head(model, run.output_type) as head:
+        for start in range(0, ids.shape[1], HEAD_CHUNK):
+            logits = head(run.hidden[:, start : start + HEAD_CHUNK])
             best.append(logits.argmax(-1))
             targets = ids[0, start + 1 : start + HEAD_CHUNK + 1]
             losses.append(F.cross_entropy(logits[: len(targets)], targets, reduction="none"))
-    finally:
-        if own is None:
-            del base.forward
-        else:
-            base.forward = own
     return torch.cat(losses).cpu(), torch.cat(best).cpu()
 
 
