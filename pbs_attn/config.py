@@ -120,6 +120,28 @@ class PBSConfig:
         return cls.from_dict(values)
 
     @classmethod
+    def from_method(cls, text):
+        """The config of a kernel method: "pbs+", "xattention:stride=16", "pbs:tau=0.8,block=64".
+
+        Raises ValueError for a method that is more than a config: pass that one itself.
+
+        >>> import pbs_attn
+        >>> pbs_attn.PBSConfig.from_method("xattention:stride=16").select
+        'antidiagonal'
+        """
+        from . import methods  # which need PBSConfig
+
+        method = methods.get(text)
+        if method.kind != "kernel":
+            raise ValueError(
+                f"PBSConfig: {text!r} is a {method.kind} method; allowed: kernel methods (other "
+                "methods can be given wherever a PBSConfig can)"
+            )
+        if method.thresholds is not None:
+            raise ValueError(f"PBSConfig: {text!r} has thresholds; allowed: pass the method itself")
+        return method.config
+
+    @classmethod
     def _check_names(cls, values):
         known = [field.name for field in fields(cls)]
         for name in values:

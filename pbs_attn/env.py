@@ -3,7 +3,7 @@
 
 | variable | values | meaning |
 | --- | --- | --- |
-| PBS_ATTN_CONFIG | JSON text or path | the default `PBSConfig` |
+| PBS_ATTN_CONFIG | JSON text or path, or a method | the default `PBSConfig`, or `Method` |
 | PBS_ATTN_BACKEND | auto, cpu, cuda, ref | whose kernels may run; ref runs `reference.py` |
 | PBS_ATTN_STRICT | 0, 1 | raise instead of taking the dense route for want of support |
 | PBS_ATTN_DISABLE | 0, 1 | always take the dense route |
@@ -19,7 +19,9 @@ from dataclasses import dataclass
 
 import torch
 
+from . import methods
 from .config import PBSConfig
+from .methods import Method
 
 BACKENDS = ("auto", "cpu", "cuda", "ref")
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
@@ -33,7 +35,7 @@ class Environment:
     disable: bool = False
     strict: bool = False
     backend: str = "auto"
-    config: PBSConfig | None = None
+    config: PBSConfig | Method | None = None
 
 
 def _flag(name, values):
@@ -59,7 +61,7 @@ def read_environment(values=os.environ):
             logger.addHandler(logging.StreamHandler())
     text = values.get("PBS_ATTN_CONFIG", "").strip()
     try:
-        config = PBSConfig.from_json(text) if text else None
+        config = _policy(text) if text else None
     except (ValueError, TypeError, OSError) as error:
         raise ValueError(f"PBS_ATTN_CONFIG: {error}") from error
     return Environment(
@@ -68,6 +70,13 @@ def read_environment(values=os.environ):
         backend=backend,
         config=config,
     )
+
+
+def _policy(text):
+    """A PBSConfig from JSON text or a file, or a Method from its text ("flexprefill:gamma=0.9")."""
+    if methods.is_method(text):
+        return methods.policy("the method", text)
+    return PBSConfig.from_json(text)
 
 
 current = read_environment()

@@ -3,8 +3,7 @@
 
 import torch
 
-from . import _load, checks, dense, devices, env
-from .config import PBSConfig
+from . import _load, checks, dense, devices, env, methods
 from .fakes import refuse_grad
 from .geometry import Geometry, ceil_div, max_lengths
 from .prefill import attention, write_rows
@@ -45,7 +44,8 @@ def pbs_attention(
                   cu_seqlens; float32, bfloat16 or float16, any strides. A last dimension that is
                   not contiguous is copied once.
     k, v          the same with Hk heads and Nk rows; Hk divides Hq
-    config        PBSConfig; default: PBS_ATTN_CONFIG, else PBSConfig()
+    config        PBSConfig, or a method or its text ("flexprefill:gamma=0.9"; pbs_attn.methods);
+                  default: PBS_ATTN_CONFIG, else PBSConfig()
     softmax_scale default D ** -0.5
     q_start, q_len, kv_start, kv_len
                   int32 or int64 [B]: where each sequence lies in its row of q and of k, v (left
@@ -67,7 +67,8 @@ def pbs_attention(
     visible key are 0 with lse -inf.
 
     Raises TypeError or ValueError that names the argument, its value and what is allowed;
-    RuntimeError if an input requires grad; NotImplementedError in strict mode.
+    RuntimeError if an input requires grad; NotImplementedError in strict mode, and for an lse or a
+    plan that a method has not.
 
     >>> import torch, pbs_attn
     >>> q = torch.randn(1, 8, 2048, 64)
@@ -84,6 +85,7 @@ def pbs_attention(
     geometry = _geometry(q, k, vectors, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     scale = checks.softmax_scale(softmax_scale)
     heads = None
+    _check_options(config, tau=tau, permute_heads=permute_heads)
     if isinstance(tau, torch.Tensor):
         heads = checks.tau_heads(tau, q.shape[1], q.device)
     elif tau is not None:
@@ -218,6 +220,10 @@ def workspace_size(q_shape, k_shape, dtype, config=None, num_threads=None, devic
     True
     """
     config = _config(config)
+    if isinstance(config, methods.Method):
+        if config.kind != "kernel":
+            raise NotImplementedError(f"config is {config.text!r}, which is no kernel method")
+        config = config.config
     for name, shape in (("q_shape", q_shape), ("k_shape", k_shape)):
         if len(shape) != 4:
             checks.fail(name, tuple(shape), "4 sizes (B, H, N, D)")
@@ -253,9 +259,16 @@ def workspace_size(q_shape, k_shape, dtype, config=None, num_threads=None, devic
 def _config(config):
     if config is None:
         return env.default_config()
-    if not isinstance(config, PBSConfig):
-        checks.fail("config", type(config).__name__, "a PBSConfig or None", TypeError)
-    return config
+    return methods.policy("config", config)
+
+
+def _check_options(config, **options):
+    """Raise for options of the kernels beside a method that has none."""
+    if not isinstance(config, methods.Method) or config.kind == "kernel":
+        return
+    for name, value in options.items():
+        if value is not None:
+            checks.fail(name, "given", f"None, as config is {config.text!r}")
 
 
 def _geometry(q, k, vectors, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):

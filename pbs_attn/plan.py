@@ -54,6 +54,10 @@ class Plan(NamedTuple):
         counts = self._blocks()
         return geo.density(self.count, counts._replace(own=counts.own_computed))
 
+    def causal(self):
+        """int64 [B]: causal blocks, the 100% of the densities."""
+        return self._blocks().causal.sum(-1)
+
     def mask(self, own=True):
         """bool [B, Hq, Tq, Tk]: key blocks that each query block reads, by permuted place."""
         mask = bits_to_mask(self.bits, self.num_k_blocks)

@@ -5,8 +5,9 @@ import math
 
 import torch
 
-from . import dense, devices, env, ops, routing, stats
+from . import dense, devices, env, methods, ops, routing, stats
 from .geometry import ceil_div, max_lengths, sequences
+from .methods import Method
 from .plan import Plan, dense_plan
 from .selection import mask_to_bits
 
@@ -29,10 +30,21 @@ def attention(
 ):
     """Checked (B, H, N, D) tensors to (out over (B, Nq, Hq, D) memory, lse or None, Plan or None).
 
-    out: (B, Nq, Hq, D) to write to. layer: for `record`. reason: forces the dense route."""
+    config: PBSConfig or Method. out: (B, Nq, Hq, D) to write to. layer: for `record` and for
+    methods that differ by layer. reason: forces the dense route. Raises NotImplementedError for an
+    lse or a plan that the method has not."""
     longest = max_lengths(geometry, q.shape[2], k.shape[2])
     if reason is None:
         reason = routing.decide(q, k, v, config, *longest).reason
+    method = config if isinstance(config, Method) else None
+    if method is not None:
+        _check_wishes(method, return_lse, return_plan)
+        if method.kind == "kernel":
+            config = method.config
+            if tau_heads is None and reason is None:
+                tau_heads = method.tau_heads(layer, q.shape[1], q.device)
+        elif reason is None:
+            return _by_method(q, k, v, method, geometry, softmax_scale, layer, out, return_lse)
     plan = seqs = None
     if return_plan or stats.recording():
         seqs = sequences(geometry, q.shape[0], q.shape[2], k.shape[2], q.device)
@@ -47,6 +59,7 @@ def attention(
             plan = dense_plan(seqs, q.shape[1], num_perms, *longest, config)
         stats.note("dense", reason)
         return result, lse, plan
+    in_pairs = seqs is not None and method is not None and config.block_size != methods.PAIR
     run = _prefill_reference if env.current.backend == "ref" else _prefill
     with stats.timed("pbs", q.device):
         result, lse, count, bits, k_perm = run(
@@ -60,12 +73,40 @@ def attention(
             permute_heads,
             out,
             return_lse,
-            return_plan,
+            return_plan or in_pairs,
         )
-    if return_plan:
+    if return_plan or in_pairs:
         plan = Plan(bits, count, k_perm, seqs, ceil_div(longest[1], config.block_size), config)
-    stats.note("pbs", layer=layer, selection=None if seqs is None else (count, seqs, config))
-    return result, lse, plan
+    if in_pairs and stats.recording():
+        stats.note("pbs", layer=layer, blocks=methods.plan_pairs(plan, q, k, v, geometry))
+    else:
+        stats.note("pbs", layer=layer, selection=None if seqs is None else (count, seqs, config))
+    return result, lse, plan if return_plan else None
+
+
+def _check_wishes(method, return_lse, return_plan):
+    """Raise for what only kernels, or only methods of blocks, can give."""
+    if return_plan and method.kind != "kernel":
+        raise NotImplementedError(
+            f"return_plan is True, and {method.NAME} is a {method.kind} method, which has no plan; "
+            "allowed: False, or a PBSConfig or kernel method"
+        )
+    if return_lse and method.kind == "token":
+        raise NotImplementedError(
+            f"return_lse is True, and {method.NAME} is a token method, which has no lse; "
+            "allowed: False, or a kernel or block method"
+        )
+
+
+def _by_method(q, k, v, method, geometry, softmax_scale, layer, out, return_lse):
+    """The sparse route of a block or token method."""
+    with stats.timed("pbs", q.device):
+        result, lse, (computed, causal) = methods.run(
+            method, q, k, v, geometry, softmax_scale, layer, return_lse
+        )
+        result = write_rows(out, result, geometry)
+    stats.note("pbs", layer=layer, blocks=(computed, computed, causal))
+    return result, lse, None
 
 
 def _prefill(

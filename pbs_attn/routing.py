@@ -6,11 +6,13 @@ from typing import NamedTuple
 
 import torch
 
-from . import checks, devices, env
+from . import checks, devices, env, methods
+from .methods import Method
 
 # Every reason for the dense route, in the order in which they are looked for.
 REASONS = {
     "disabled": "PBS_ATTN_DISABLE is set, or the layer is configured dense",
+    "asked": "the method that was asked for is dense attention",
     "non_causal": "the call is not causal",
     "mask_4d": "a 4-D mask was given",
     "sliding_window": "a sliding window cuts keys off",
@@ -23,6 +25,7 @@ REASONS = {
     "grad": "an input requires grad and there is no backward",
     "short_q": "fewer query rows than min_q",
     "short_kv": "fewer keys than min_kv",
+    "tracing": "torch.jit.trace cannot follow what the method reads on the host",
     "device": "no sparse kernels run on the device",
     "dtype": "the dtype is not float32, bfloat16 or float16, or on a GPU not one of the last two",
     "head_dim": "head_dim is not a multiple of 8 up to 256",
@@ -33,7 +36,7 @@ REASONS = {
     "stride": "stride does not divide block_size",
 }
 # Reasons that are no lack of support: strict mode does not raise for them.
-BY_DESIGN = ("disabled", "short_q", "short_kv")
+BY_DESIGN = ("disabled", "asked", "short_q", "short_kv")
 
 
 class Lengths(NamedTuple):
@@ -68,11 +71,16 @@ def min_lengths(config, device):
 
 
 def reason_for_dense(q, k, v, config, seqlen_q=None, seqlen_k=None):
-    """First reason why the sparse kernels should not take a causal (B, H, N, D) call, or None.
+    """First reason why a causal (B, H, N, D) call should not run sparse, or None.
 
-    seqlen_q, seqlen_k: the longest sequence, if shorter than the tensors."""
+    config: PBSConfig or Method. seqlen_q, seqlen_k: the longest sequence, if shorter than the
+    tensors."""
     if env.current.disable:
         return "disabled"
+    if isinstance(config, Method) and config.kind == "dense":
+        return "asked"
+    if isinstance(config, Method) and config.kind == "kernel":
+        config = config.config
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         return "grad"
     seqlen_q, seqlen_k = seqlen_q or q.shape[2], seqlen_k or k.shape[2]
@@ -81,6 +89,8 @@ def reason_for_dense(q, k, v, config, seqlen_q=None, seqlen_k=None):
         return "short_q"
     if seqlen_k < least.min_kv:
         return "short_kv"
+    if isinstance(config, Method):  # torch takes any tensor, and so does attention under a mask
+        return "tracing" if torch.jit.is_tracing() else None
     if env.current.backend != "ref":
         lack = devices.kernel_lacks(q, k, v)
         if lack is not None:
@@ -150,10 +160,12 @@ def supports(
     >>> pbs_attn.supports(q[:, :, :1], q, q)
     'short_q'
     """
-    config = env.default_config() if config is None else config
+    config = env.default_config() if config is None else methods.policy("config", config)
     q, k, v = checks.to_bhnd(q, k, v, layout, packed=False)
     if env.current.disable:
         return "disabled"
+    if isinstance(config, Method) and config.kind == "dense":
+        return "asked"
     asked = {
         "non_causal": not is_causal,
         "mask_4d": attn_mask is not None and attn_mask.ndim == 4,

@@ -122,11 +122,15 @@ def recording():
     return bool(_active) and not torch.compiler.is_compiling()
 
 
-def note(route, reason=None, *, layer=None, selection=None):
-    """Count one call. selection: (count, seqs, config) of a sparse one, for its density."""
+def note(route, reason=None, *, layer=None, selection=None, blocks=None):
+    """Count one call, and for the density of a sparse one either of
+
+    selection (count, seqs, config): blocks of the config's size, as the kernels count them
+    blocks    (selected [Hq], computed [Hq], causal []): summed over the sequences of the call, as
+              methods count them, in pairs of 128 rows and 128 keys; fractions are fractions"""
     if not recording():
         return
-    sums = None
+    sums = blocks
     if selection is not None:
         sums = _block_sums(*selection)
     for current in _active:

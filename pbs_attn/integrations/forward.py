@@ -15,6 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from .. import env, prefill, routing, stats
 from ..devices import kernel_lacks
 from ..geometry import Geometry
+from ..methods import Method
 from . import masks
 
 DENSE = "dense"  # policy of a layer that always takes the dense route
@@ -39,7 +40,7 @@ def attention_forward(
 ):
     """query (B, Hq, Nq, D), key and value (B, Hk, Nk, D) -> ((B, Nq, Hq, Dv) contiguous, None).
 
-    policy: PBSConfig or DENSE. kwargs: whatever else the model passes.
+    policy: PBSConfig, Method or DENSE. kwargs: whatever else the model passes.
     """
     if cache is not None:
         raise NotImplementedError(
@@ -95,6 +96,8 @@ def _reason(policy, causal, query, key, value, config, asked):
     """Why the call goes dense: by design first, then what no kernel does, then capability."""
     if policy == DENSE or env.current.disable:
         return "disabled"
+    if isinstance(config, Method) and config.kind == "dense":
+        return "asked"
     if not causal:
         return "non_causal"
     least = routing.min_lengths(config, query.device)

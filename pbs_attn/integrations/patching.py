@@ -5,7 +5,9 @@ import weakref
 
 from transformers import PreTrainedModel
 
+from .. import methods
 from ..config import PBSConfig
+from ..methods import Method
 from .forward import DENSE
 from .registry import DEFAULT_NAME, POLICY, check_config, register
 
@@ -64,13 +66,13 @@ class Patch:
 def patch_model(model, config=None, *, layers=None):
     """Run permuted block-sparse attention in `model`, loaded before or after, until undone.
 
-    config: PBSConfig; None = the registered config.
-    layers: {layer index: PBSConfig or "dense"} for layers that differ.
+    config: PBSConfig, or a method or its text ("xattention:stride=16"); None = the registered one.
+    layers: {layer index: PBSConfig, method or "dense"} for layers that differ.
     Vision and audio towers keep what they have. Returns a Patch (`undo()`, context manager).
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model is a {type(model).__name__}; allowed: a transformers model")
-    check_config("config", config)
+    config = check_config("config", config)
     layers = _check_layers(layers)
     register()
     modules = _attention_modules(model)
@@ -113,9 +115,15 @@ def _check_layers(layers):
     for index, policy in layers.items():
         if isinstance(index, bool) or not isinstance(index, int):
             raise TypeError(f"layers has the key {index!r}; allowed: layer indices")
-        if not isinstance(policy, PBSConfig) and policy != DENSE:
-            raise TypeError(f"layers[{index}] is {policy!r}; allowed: a PBSConfig or 'dense'")
-    return layers
+        is_name = isinstance(policy, str) and methods.is_method(policy)
+        if not isinstance(policy, (PBSConfig, Method)) and policy != DENSE and not is_name:
+            allowed = "a PBSConfig or 'dense', or a method"
+            raise TypeError(f"layers[{index}] is {policy!r}; allowed: {allowed}")
+    return {index: _policy(index, policy) for index, policy in layers.items()}
+
+
+def _policy(index, policy):
+    return policy if policy == DENSE else check_config(f"layers[{index}]", policy)
 
 
 def _check_interface(model, modules):

@@ -8,27 +8,26 @@ for names that its mask interface does not know.
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from .. import env
-from ..config import PBSConfig
+from .. import env, methods
 from . import forward, masks
 
 DEFAULT_NAME = "pbs_attn"
-POLICY = "_pbs_attn_policy"  # attribute of an attention module: PBSConfig, forward.DENSE or None
+POLICY = "_pbs_attn_policy"  # of an attention module: PBSConfig, Method, forward.DENSE or None
 
 # transformers gives names with these parts a meaning of their own (substring tests).
 _TRAPS = ("flash", "sdpa", "flex_attention", "eager", "paged", "/", "|", ":", "@")
-_registered = {}  # name -> PBSConfig, or None for the default config
+_registered = {}  # name -> PBSConfig or Method, or None for the default config
 
 
 def register(name=DEFAULT_NAME, config=None, *, overwrite=False):
     """Register `attn_implementation=name` with transformers. Call it before from_pretrained.
 
-    config: PBSConfig of every model that uses the name; None = PBS_ATTN_CONFIG or the defaults, or
-    what the name already has. Another config than the name has needs overwrite=True and takes
-    effect at once, in loaded models too.
+    config: PBSConfig, or a method or its text ("xattention:stride=16"), of every model that uses
+    the name; None = PBS_ATTN_CONFIG or the defaults, or what the name already has. Another config
+    than the name has needs overwrite=True and takes effect at once, in loaded models too.
     """
     _check_name(name)
-    check_config("config", config)
+    config = check_config("config", config)
     if name in _registered:
         if config is None or config == _registered[name]:
             return
@@ -58,8 +57,8 @@ def _check_name(name):
 
 
 def check_config(argument, config):
-    if config is not None and not isinstance(config, PBSConfig):
-        raise TypeError(f"{argument} is a {type(config).__name__}; allowed: a PBSConfig or None")
+    """The policy that `config` says: PBSConfig, Method or None; a method's text becomes one."""
+    return None if config is None else methods.policy(argument, config)
 
 
 def _attention_function(name):

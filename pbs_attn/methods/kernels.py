@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Methods that PBSConfig and the kernels do whole, and the two that are dense.
+
+docs/algorithm.md states them; a kernel method takes every field of PBSConfig as a parameter.
+"""
+
+import functools
+import json
+import math
+import os
+from dataclasses import dataclass, fields
+from typing import ClassVar
+
+import torch
+
+from ..config import PBSConfig
+from .base import Method
+
+
+class _Dense(Method):
+    """Exact attention: nothing to choose."""
+
+    DENSITY: ClassVar[str] = "1"
+
+    @classmethod
+    def parameters(cls):
+        return {}
+
+    def to_dict(self):
+        return {"method": self.NAME}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sdpa(_Dense):
+    NAME: ClassVar[str] = "sdpa"
+    ABOUT: ClassVar[str] = "the model's stock attention"
+    SOURCE: ClassVar[str] = "transformers"
+    kind: ClassVar[str] = "stock"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Full(_Dense):
+    NAME: ClassVar[str] = "full"
+    ABOUT: ClassVar[str] = "exact dense attention by our fastest exact kernel"
+    SOURCE: ClassVar[str] = "pbs_attn/dense.py"
+    kind: ClassVar[str] = "dense"
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelMethod(Method):
+    """A PBSConfig under a name; PBSConfig explains the fields.
+
+    thresholds: JSON file of tau per [layer][query head], in place of `tau`."""
+
+    kind: ClassVar[str] = "kernel"
+    KEEP_ALL: ClassVar[str] = "tau=1"
+    DENSITY: ClassVar[str] = "selected causal blocks, the own span included"
+    OWN: ClassVar[tuple] = ()  # fields that make the method itself: no base config changes them
+
+    block_size: int = 128
+    segment_size: int = 256
+    tau: float = 0.9
+    permute: str = "keys"
+    order: str = "last_block"
+    gqa: str = "per_head"
+    select: str = "mean_pool"
+    stride: int = 8
+    reduce: str = "sum"
+    rule: str = "prefix"
+    seed: int = 0
+    thresholds: str | None = None
+
+    def check(self):
+        try:
+            config = self.config
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{self.NAME}: {str(error).removeprefix('PBSConfig: ')}") from error
+        object.__setattr__(self, "tau", config.tau)
+        if self.thresholds is not None:
+            _threshold_table(self.thresholds)
+
+    @functools.cached_property
+    def config(self):
+        """The PBSConfig that the kernels take; thresholds are not in it."""
+        return PBSConfig(**{name: getattr(self, name) for name in _CONFIG_NAMES})
+
+    @classmethod
+    def from_base(cls, base):
+        if base is None:
+            return {}
+        return {name: getattr(base, name) for name in _CONFIG_NAMES if name not in cls.OWN}
+
+    def tau_heads(self, layer, num_heads, device):
+        """fp32 [num_heads]: tau per query head from the thresholds; None without them."""
+        if self.thresholds is None:
+            return None
+        table = _threshold_table(self.thresholds)
+        where = f"{self.NAME}: thresholds {self.thresholds}"
+        if layer is None:
+            raise ValueError(f"{where} are per layer; allowed: in a model, or tau=NUMBER")
+        if layer >= len(table):
+            raise ValueError(f"{where} has {len(table)} layers; needed: layer {layer}")
+        if len(table[layer]) != num_heads:
+            raise ValueError(
+                f"{where} has {len(table[layer])} heads in layer {layer}; needed: {num_heads}"
+            )
+        return torch.tensor(table[layer], dtype=torch.float32, device=device)
+
+
+_CONFIG_NAMES = tuple(each.name for each in fields(PBSConfig))
+
+
+def _threshold_table(path):
+    """((tau, ...), ...) of a JSON file [layers][query heads]; ValueError names what is wrong."""
+    try:
+        path = os.path.expanduser(path)
+        return _read_table(path, os.stat(path).st_mtime_ns)
+    except (OSError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"thresholds {path}: {error}") from error
+
+
+@functools.lru_cache(maxsize=16)
+def _read_table(path, _changed):
+    with open(path, encoding="utf-8") as file:
+        table = json.load(file)
+    if not isinstance(table, list) or not all(isinstance(row, list) for row in table) or not table:
+        raise TypeError("allowed: a list over layers of lists over query heads")
+    for i, row in enumerate(table):
+        for j, tau in enumerate(row):
+            is_number = isinstance(tau, (int, float)) and not isinstance(tau, bool)
+            if not is_number or not math.isfinite(tau) or tau < 0:
+                raise TypeError(f"[{i}][{j}] is {tau!r}; allowed: a finite number >= 0")
+    return tuple(tuple(float(tau) for tau in row) for row in table)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pbs(KernelMethod):
+    NAME: ClassVar[str] = "pbs"
+    ABOUT: ClassVar[str] = "permuted keys, mean-pooled selection (the paper)"
+    SOURCE: ClassVar[str] = "arXiv 2510.21270 algorithms 1 and 2; docs/algorithm.md"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PbsPlus(KernelMethod):
+    NAME: ClassVar[str] = "pbs+"
+    ABOUT: ClassVar[str] = "permuted keys, antidiagonal selection"
+    SOURCE: ClassVar[str] = "arXiv 2510.21270 table 3 (PBS-Attn+); docs/algorithm.md"
+    OWN: ClassVar[tuple] = ("select",)
+    select: str = "antidiagonal"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Identity(KernelMethod):
+    NAME: ClassVar[str] = "identity"
+    ABOUT: ClassVar[str] = "the rule of pbs on unpermuted keys: the control"
+    SOURCE: ClassVar[str] = "docs/algorithm.md"
+    OWN: ClassVar[tuple] = ("permute",)
+    permute: str = "identity"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeanPool(KernelMethod):
+    NAME: ClassVar[str] = "meanpool"
+    ABOUT: ClassVar[str] = "mean-pooled selection in natural order"
+    SOURCE: ClassVar[str] = "arXiv 2510.21270 section 4 (MeanPooling); docs/algorithm.md"
+    OWN: ClassVar[tuple] = ("permute", "select")
+    permute: str = "none"
+
+
+@dataclass(frozen=True, kw_only=True)
+class XAttention(KernelMethod):
+    NAME: ClassVar[str] = "xattention"
+    ABOUT: ClassVar[str] = "antidiagonal selection in natural order"
+    SOURCE: ClassVar[str] = "arXiv 2503.16428 section 2; docs/algorithm.md"
+    OWN: ClassVar[tuple] = ("permute", "select")
+    permute: str = "none"
+    select: str = "antidiagonal"
