@@ -155,16 +155,19 @@ class Session:
             from ..cli.run import using
         return using(self.model, method)
 
-    def generate(self, ids, method, *, max_new_tokens, extra_eos=(), min_new_tokens=0):
-        """Greedy generation after the prompt `ids` (list of int), as a Generated.
+    def generate(self, ids, method, *, max_new_tokens, extra_eos=(), min_new_tokens=0,
+                 temperature=0.0, past_window=False):  # fmt: skip
+        """Generation after the prompt `ids` (list of int), as a Generated; greedy at temperature 0.
 
-        Stops on every end token of the generation config and on `extra_eos` (ids).
+        Stops on every end token of the generation config and on `extra_eos` (ids). past_window:
+        only the prompt has to fit the window, as in harnesses that let the reply run over it.
         Raises PromptTooLong.
         """
-        self.tokens.check(len(ids), max_new_tokens)
+        self.tokens.check(len(ids), 0 if past_window else max_new_tokens)
         prompt = torch.tensor([list(ids)], device=self.device)
         eos = self.eos() + [token for token in extra_eos if token not in self.eos()]
-        settings, clock = self._settings(eos, max_new_tokens, min_new_tokens), _Clock()
+        settings = self._settings(eos, max_new_tokens, min_new_tokens, temperature)
+        clock = _Clock()
         cuda = self.device.type == "cuda"
         if cuda:
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -220,14 +223,19 @@ class Session:
             return []
         return list(found) if isinstance(found, (list, tuple)) else [int(found)]
 
-    def _settings(self, eos, max_new_tokens, min_new_tokens):
-        """The model's generation config, made greedy; what else it asks for stays (recorded)."""
+    def _settings(self, eos, max_new_tokens, min_new_tokens, temperature):
+        """The model's generation config, made greedy; what else it asks for stays (recorded).
+
+        At a temperature it samples from all tokens: no top_p, no top_k.
+        """
         import copy
 
         settings = copy.deepcopy(self.model.generation_config)
         for name in ("temperature", "top_p", "top_k", "min_p", "typical_p", "max_length"):
             setattr(settings, name, None)
-        settings.do_sample, settings.num_beams = False, 1
+        settings.do_sample, settings.num_beams = temperature > 0, 1
+        if temperature > 0:
+            settings.temperature, settings.top_k = float(temperature), 0
         settings.max_new_tokens = max_new_tokens
         settings.min_new_tokens = min_new_tokens or None
         settings.eos_token_id = eos or None
