@@ -205,7 +205,7 @@ def read(opened, name, schema_of):
     Args:
         opened: binary file.
         name: how messages call it; its suffix picks the reader.
-        schema_of: function of a parsed row that gives its schema, {field: (check, what is allowed)}.
+        schema_of: function of a parsed row: its schema {field: (check, what is allowed)}.
 
     A row without a usable id has the id "line-N"; one that occurs twice gets its place appended.
     Raises CommandError if the file as a whole cannot be read.
@@ -246,7 +246,7 @@ class _Files:
             if not any(p.suffix in SUFFIXES for p in found) and (self.where / "data.zip").is_file():
                 self.where, zipped = self.where / "data.zip", True
             else:
-                self._add((p.relative_to(self.where).as_posix() for p in found if p.is_file()))
+                self._add(p.relative_to(self.where).as_posix() for p in found if p.is_file())
         if zipped:
             try:
                 with zipfile.ZipFile(self.where) as archive:
