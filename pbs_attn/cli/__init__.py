@@ -12,6 +12,8 @@ import sys
 VERBS = {
     "run": "prefill a text with a model, method by method: time, density, loss, tokens",
     "exec": "register pbs_attn with transformers, then run any Python module or script",
+    "eval": "LongBench, RULER, perplexity, agreement, TTFT: every method beside dense",
+    "report": "tables, paired intervals and pictures from the run folders of eval",
     "doctor": "what is installed, what runs here and why not more; tests the kernels",
     "plot": "draw the block map of a head before and after the permutation",
 }

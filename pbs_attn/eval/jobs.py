@@ -45,8 +45,9 @@ class Plan(NamedTuple):
 
     jobs      every row of the chosen tasks, before --limit and --shard
     identity  all that changes the value of a record for its key, as JSON can hold it: recipe,
-              SHA-256 of the data per task, modes, ... The frame adds model, dtype, prompt options
-              and seed. Not what may grow in the same folder: methods, tasks, limit, shard.
+              modes, ... The frame adds model, dtype, prompt options and seed. Not what may grow in
+              the same folder: methods, tasks, limit, shard. `data` (or `texts`), {task: SHA-256},
+              may gain entries there; every other field has to stay as it is.
     notes     lines to print at the start
     """
 

@@ -5,6 +5,7 @@ Tokens needs the tokenizer and the config only (--dry-run loads no weights); Ses
 """
 
 import contextlib
+import copy
 import random
 import time
 from dataclasses import dataclass, field
@@ -12,6 +13,17 @@ from dataclasses import dataclass, field
 import torch
 
 from ..cli import CommandError, measure
+from . import attention
+
+# Settings of a generation config that change what greedy decoding gives. They stay, as in the
+# official scripts, which call model.generate; every run says so at its start.
+HABITS = {
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "bad_words_ids": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+}
 
 
 class PromptTooLong(ValueError):
@@ -149,11 +161,16 @@ class Session:
 
     def using(self, method):
         """Context manager: the model with the attention of `method`; yields the Record or None."""
-        try:
-            from .attention import using
-        except ImportError:
-            from ..cli.run import using
-        return using(self.model, method)
+        return attention.using(self.model, method)
+
+    def habits(self):
+        """[(name, value, plain)] of the generation config's that change greedy decoding."""
+        config, found = self.model.generation_config, []
+        for name, plain in HABITS.items():
+            value = getattr(config, name, None)
+            if value not in (None, plain, [], 0):
+                found.append((name, value, plain))
+        return found
 
     def generate(self, ids, method, *, max_new_tokens, extra_eos=(), min_new_tokens=0,
                  temperature=0.0, past_window=False):  # fmt: skip
@@ -228,8 +245,6 @@ class Session:
 
         At a temperature it samples from all tokens: no top_p, no top_k.
         """
-        import copy
-
         settings = copy.deepcopy(self.model.generation_config)
         for name in ("temperature", "top_p", "top_k", "min_p", "typical_p", "max_length"):
             setattr(settings, name, None)
