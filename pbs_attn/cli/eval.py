@@ -59,7 +59,8 @@ examples:
 exit status: 0 complete, 2 usage, 3 rows failed or are missing, 130 stopped. A run that was
 stopped or killed goes on with the same command."""
     parser.add_argument("bench", metavar="BENCH", choices=BENCHES, help=argparse.SUPPRESS)
-    parser.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    rest = parser.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    rest.required = False
 
 
 def _tokens(text):
@@ -273,7 +274,8 @@ def run(bench, args, command):
     if args.threads:
         torch.set_num_threads(args.threads)
     seed_all(args.seed)
-    path = models.locate(args.model, print, weights=not args.dry_run)
+    only_write = getattr(args, "write", None)  # a bench that makes rows for other harnesses
+    path = models.locate(args.model, print, weights=not (args.dry_run or only_write))
     tokenizer, config = models.load_tokenizer(path, trust_remote_code=args.trust_remote_code)
     tokens = Tokens(
         tokenizer, window_of(config), max_prompt=args.max_prompt, use_chat=not args.no_chat,
@@ -284,6 +286,9 @@ def run(bench, args, command):
         args.out = str(Path("pbs-eval") / f"{bench.NAME}-{slug}")
     with interruptible():
         plan = bench.prepare(args, tokens)
+        if only_write:
+            print("\n".join(plan.notes))
+            return 0
         jobs = _jobs(bench, plan, args)
         if args.dry_run:
             return dry_run(bench, args, tokens, plan, jobs, methods)
