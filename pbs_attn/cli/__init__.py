@@ -28,6 +28,8 @@ EXTRAS = {
     "matplotlib": "pip install matplotlib",
     "safetensors": "pip install safetensors",
 }
+for _name in ("jieba", "numpy", "rapidfuzz", "rouge", "scipy", "tabulate", "tqdm", "wonderwords"):
+    EXTRAS[_name] = "pip install 'pbs_attn[eval]'"
 
 
 class CommandError(Exception):

@@ -212,12 +212,13 @@ def load(
     device="cpu",
     trust_remote_code=False,
     allow_pickle=False,
-    tp_plan=None,
+    options=None,
     say=lambda text: None,
 ):
     """(model, tokenizer) of a directory, a hub id, a .gguf file or "smollm2".
 
-    tp_plan="auto" under torchrun: the weights are split over the ranks and `device` is not used.
+    options: more keywords of from_pretrained, which then places the weights (tensor parallel plans
+    under torchrun: eval.parallel.load_options); `device` is not used.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -235,8 +236,8 @@ def load(
                 dtype=torch_dtype,
                 trust_remote_code=trust_remote_code,
                 use_safetensors=None if allow_pickle else True,
-                **({"tp_plan": tp_plan} if tp_plan else {}),
+                **(options or {}),
             )
     except (OSError, ValueError) as error:
         raise CommandError(f"--model {name}: {error}") from error
-    return (model.eval() if tp_plan else model.eval().to(device)), tokenizer
+    return (model.eval() if options else model.eval().to(device)), tokenizer

@@ -9,7 +9,7 @@ import threading
 import torch
 
 from ..cli import CommandError, models
-from . import about
+from . import about, parallel
 from .progress import Progress
 from .runner import Runner, deal, to_do
 from .session import Session
@@ -187,7 +187,7 @@ class Launch:
         model, _ = models.load(
             args.model, dtype=args.dtype, device=self.device, say=lambda text: None,
             trust_remote_code=args.trust_remote_code, allow_pickle=args.allow_pickle,
-            tp_plan="auto" if self.ranks.tp else None,
+            options=parallel.load_options(self.ranks.tp or 1),
         )  # fmt: skip
         session = Session(model, self.tokens, name=args.model, seed=args.seed)
         window = "unknown" if self.tokens.window is None else f"{self.tokens.window:,} tokens"
