@@ -65,7 +65,7 @@ def test_methods_by_name_and_parameters():
     assert [m.label for m in found] == [
         "sdpa", "full", "pbs:tau=0.8,segment_size=512", "xattention", "pbs+:permute=both"
     ]  # fmt: skip
-    assert [m.kind for m in found] == ["stock", "dense", "sparse", "sparse", "sparse"]
+    assert [m.kind for m in found] == ["stock", "dense", "kernel", "kernel", "kernel"]
     assert found[2].config == PBSConfig(tau=0.8, segment_size=512)
     assert found[3].config == PBSConfig(permute="none", select="antidiagonal")
     assert found[4].config == PBSConfig(permute="both", select="antidiagonal")

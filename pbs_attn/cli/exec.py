@@ -14,6 +14,7 @@ examples:
   python -m pbs_attn exec --tau 0.95 --require-used -m lm_eval --model hf \\
       --model_args pretrained=DIR,attn_implementation=pbs_attn --tasks niah_single_1
   python -m pbs_attn exec --config pbs.json my_script.py --its-option 3
+  python -m pbs_attn exec --method flexprefill:gamma=0.9 my_script.py
 
 exit status: the program's; 3 if it was 0, --require-used was given and no call was sparse."""
 
@@ -25,6 +26,9 @@ def add_arguments(parser):
     parser.usage = "%(prog)s [options] (-m MODULE | SCRIPT.py) ARGS..."
     parser.add_argument("--require-used", action="store_true",
                         help="fail if no call took the sparse route")  # fmt: skip
+    parser.add_argument("--method", metavar="METHOD",
+                        help="what runs, with parameters: xattention:stride=16 (default: pbs, or "
+                             "what PBS_ATTN_CONFIG says; docs/methods.md has them)")  # fmt: skip
     parser.add_argument("--name", default="pbs_attn", help="name to register (pbs_attn)")
     methods.add_config_arguments(parser)
     parser.add_argument("-m", dest="module", nargs=argparse.REMAINDER, metavar="MODULE ARGS...",
@@ -56,10 +60,12 @@ def run_program(module, script):
 def main(args):
     if not args.module and not args.script:
         raise CommandError("nothing to run; allowed: -m MODULE ARGS... or SCRIPT.py ARGS...")
-    config = methods.base_config(args)
+    policy = methods.base_config(args)
+    if args.method is not None:
+        policy = methods.policy(args.method, policy)
     from .. import record, register
 
-    register(args.name, config, overwrite=True)
+    register(args.name, policy, overwrite=True)
     try:
         with record() as calls:
             status = run_program(args.module, args.script)

@@ -1,99 +1,62 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Methods by name: `pbs`, `full`, `pbs:tau=0.8,segment_size=512`, ..."""
+"""What commands share about methods: the list for their help, parsing, and the base configuration.
 
-from dataclasses import dataclass, fields
+The methods themselves are in pbs_attn/methods; here their errors become the command line's.
+"""
 
+from dataclasses import fields
+
+from .. import methods as registry
 from ..config import PBSConfig
+from ..methods.kernels import KernelMethod
 from . import CommandError
 
-# name: (what it is, PBSConfig fields). None: no kernel of ours; "dense": our exact dense route.
-METHODS = {
-    "sdpa": ("the model's stock attention", None),
-    "full": ("exact dense attention by our kernels", "dense"),
-    "pbs": ("permuted keys, mean-pooled selection (the paper)", {}),
-    "pbs+": ("permuted keys, antidiagonal selection", {"select": "antidiagonal"}),
-    "identity": ("the rule of pbs on unpermuted keys: the control", {"permute": "identity"}),
-    "meanpool": ("mean-pooled selection in natural order", {"permute": "none"}),
-    "xattention": (
-        "antidiagonal selection in natural order",
-        {"permute": "none", "select": "antidiagonal"},
-    ),
-}
-DENSE_MIN_KV = 2**31 - 1  # no call is that long: every one takes the dense route
 
-
-@dataclass(frozen=True)
-class Method:
-    label: str  # as the user wrote it
-    kind: str  # stock | dense | sparse
-    config: PBSConfig | None
-
-
-def split(text):
-    """Names in a comma-separated list whose parameters are comma-separated too.
-
-    `full,pbs:tau=0.8,segment_size=512` -> ["full", "pbs:tau=0.8,segment_size=512"]
-    """
-    names = []
-    for piece in filter(None, (piece.strip() for piece in text.split(","))):
-        if "=" in piece and ":" not in piece and names and ":" in names[-1]:
-            names[-1] += "," + piece
-        else:
-            names.append(piece)
-    return names
-
-
-def _value(field, text):
-    """`text` as the type of a PBSConfig field."""
-    if field.type in (bool, "bool"):
-        if text.lower() in ("1", "true", "yes"):
-            return True
-        if text.lower() in ("0", "false", "no"):
-            return False
-    for kind in (int, float):
+def listing():
+    """A line per method, for --help."""
+    lines = []
+    for name in registry.METHODS:
         try:
-            return kind(text)
-        except ValueError:
-            pass
-    return text
+            about = registry.find(name).ABOUT
+        except ModuleNotFoundError as error:
+            about = f"not in this build: {error}"
+        lines.append(f"  {name:<12} {about}")
+    return "\n".join(lines)
 
 
-def config_from(pairs, base=None):
-    """A PBSConfig from `base` and ["tau=0.8", ...]."""
-    known = {field.name: field for field in fields(PBSConfig)}
-    changes = {}
-    for pair in pairs:
-        name, equals, text = pair.partition("=")
-        if not equals or name not in known:
-            raise CommandError(f"got {pair!r}; allowed: NAME=VALUE with one of {', '.join(known)}")
-        changes[name] = _value(known[name], text)
+def parse(text, base=None):
+    """The methods in `text`; `base` holds what every one starts from, see `pbs_attn.methods`."""
     try:
-        return (base or PBSConfig()).replace(**changes)
+        return registry.parse(text, base)
     except (TypeError, ValueError) as error:
         raise CommandError(str(error)) from error
 
 
-def parse(text, base=None):
-    """The methods in `text`; `base` holds what every sparse one starts from."""
-    found = []
-    for label in split(text):
-        name, _, parameters = label.partition(":")
-        if name not in METHODS:
-            raise CommandError(f"method is {name!r}; allowed: {', '.join(METHODS)}")
-        _, changes = METHODS[name]
-        pairs = [pair for pair in parameters.split(",") if pair]
-        if not isinstance(changes, dict):
-            if pairs:
-                raise CommandError(f"method {name!r} has no parameters; got {parameters!r}")
-            kind = "stock" if changes is None else "dense"
-            config = None if changes is None else PBSConfig(min_q=0, min_kv=DENSE_MIN_KV)
-            found.append(Method(label, kind, config))
-            continue
-        config = config_from(pairs, (base or PBSConfig()).replace(**changes))
-        found.append(Method(label, "sparse", config))
-    if not found:
-        raise CommandError(f"no method in {text!r}; allowed: {', '.join(METHODS)}")
-    return found
+def policy(text, base=None):
+    """The one method of `--method`, to be registered: not the model's own attention."""
+    found = parse(text, base)
+    if len(found) != 1:
+        raise CommandError(f"--method is {text!r}, which names {len(found)}; allowed: one")
+    try:
+        return registry.policy("--method", found[0])
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+
+
+def config_from(pairs, base=None):
+    """A PBSConfig from `base` and ["tau=0.8", ...]."""
+    known = [field.name for field in fields(PBSConfig)]
+    changes = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        name = registry.ALIASES.get(name, name)
+        if not equals or name not in known:
+            raise CommandError(f"got {pair!r}; allowed: NAME=VALUE with one of {', '.join(known)}")
+        changes[name] = KernelMethod.value(name, text)
+    try:
+        return (base or PBSConfig()).replace(**changes)
+    except (TypeError, ValueError) as error:
+        raise CommandError(str(error)) from error
 
 
 def add_config_arguments(parser):

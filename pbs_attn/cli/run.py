@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 
+from ..eval.attention import using
 from . import measure, methods, models
 
 EXAMPLES = """\
@@ -25,19 +26,21 @@ examples:
 
 methods:
 """
-EXAMPLES += "\n".join(f"  {name:<11} {text}" for name, (text, _) in methods.METHODS.items())
+EXAMPLES += methods.listing()
 EXAMPLES += """
-A sparse method takes PBSConfig fields after a colon: pbs:tau=0.95,block_size=64
+Parameters come after a colon: pbs:tau=0.95,block=64; docs/methods.md has those of each method.
 
 density: selected causal blocks, all of them = 100%. same next token: positions whose most likely
 next token is the one of the first dense method. copied: tokens whose trigram was last seen more
 than 512 tokens before; sparse attention hurts these first. Ctrl-C keeps the finished methods."""
 
+DENSE_KINDS = ("stock", "dense")
+
 
 @dataclass
 class Row:
     method: str
-    config: dict | None
+    config: dict | None  # {"method": name, parameter: value}; None of dense ones
     ttft_s: float
     attention_s: float
     density: float
@@ -93,30 +96,10 @@ class Progress:
             yield bar.update
 
 
-@contextlib.contextmanager
-def using(model, method):
-    """The model with the attention of `method`; yields the Record of its calls, or None."""
-    if method.kind == "stock":
-        yield None
-        return
-    from .. import patch_model, record
-
-    with patch_model(model, method.config), record() as calls:
-        yield calls
-
-
 def _mean(values, chosen=None):
     if chosen is not None:
         values = values[chosen]
     return float(values.double().mean()) if len(values) else None
-
-
-def _reasons(method, calls):
-    """Why calls were dense; a method that is dense by itself says "asked", not how it was done."""
-    reasons = {} if calls is None else dict(calls.reasons)
-    if method.kind == "dense" and "short_kv" in reasons:
-        reasons["asked"] = reasons.pop("short_kv")
-    return reasons
 
 
 def measure_method(model, tokenizer, ids, method, args, progress):
@@ -136,13 +119,13 @@ def measure_method(model, tokenizer, ids, method, args, progress):
         tokens = measure.generate(model, run, args.new_tokens)
     row = Row(
         method=method.label,
-        config=method.config.to_dict() if method.kind == "sparse" else None,
+        config=None if method.kind in DENSE_KINDS else method.to_dict(),
         ttft_s=run.seconds,
         attention_s=run.attention_seconds,
         density=1.0 if calls is None else calls.density,
         computed=1.0 if calls is None else calls.computed,
         calls={"stock": layers} if calls is None else dict(calls.calls),
-        reasons=_reasons(method, calls),
+        reasons={} if calls is None else dict(calls.reasons),
         loss=_mean(losses),
         copied_loss=_mean(losses, measure.copied_tokens(ids.cpu())),
         tokens=tokens,
@@ -258,7 +241,7 @@ def _measure_all(model, tokenizer, ids, chosen, args, progress, document):
     try:
         for method in chosen:
             row, _, best = measure_method(model, tokenizer, ids, method, args, progress)
-            if base is None and method.kind != "sparse":
+            if base is None and method.kind in DENSE_KINDS:
                 base = (row, best)
             elif base is not None:
                 compare(row, best, *base)
