@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .. import methods
 from ..cli import CommandError, measure
-from . import ppl, scores, tables, texts
+from . import parallel, ppl, scores, tables, texts
 from .jobs import BadRow, Job, Plan, prompt_cost
 
 NAME = "agreement"
@@ -120,13 +120,14 @@ def work_all(session, chosen, job, args):
     """Dense, dense again if its own record is wanted, then every method beside it."""
     ids, info = prompt(session.tokens, job, args)
     dense = next((m for m in chosen if m.kind == "dense"), None) or methods.get("full")
+    ranks = parallel.Group(args.tp, session.device)
     base = reply(session, dense, ids, args.new_tokens)
     for method in sorted(chosen, key=lambda m: m is not dense):
         try:
             found = reply(session, method, ids, args.new_tokens)
             record = compare(found, base) | {"text": session.tokens.decode(found["tokens"])}
             record |= {"prompt_tokens": len(ids), "cut_tokens": info["cut"]}
-            yield method, record | found["cost"]
+            yield method, record | ranks.over_heads(found["cost"])
         except Exception as error:
             yield method, error
 

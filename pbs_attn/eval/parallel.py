@@ -6,37 +6,19 @@ per head, so a split changes nothing of it.
 """
 
 import contextlib
-import os
 import time
 
 import torch
-
-from ..cli import CommandError
-
-
-def world():
-    """(rank, size) of torchrun's environment; (0, 1) without it."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
-def check(tp):
-    """Raises CommandError unless torchrun started `tp` processes; 0 and 1 need none."""
-    size = world()[1]
-    if tp > 1 and size != tp:
-        raise CommandError(
-            f"--tp is {tp}, and {size} process{'es' if size > 1 else ''} run; allowed: "
-            f"torchrun --nproc-per-node {tp} -m pbs_attn eval ... --tp {tp}"
-        )
 
 
 def load_options(tp):
     """Keywords for from_pretrained that split the model over the ranks of torchrun.
 
-    transformers starts the process group (nccl or gloo) and puts each rank on its own device.
+    transformers starts the process group (nccl or gloo) if there is none yet, and puts each rank
+    on its own device.
     """
     if tp <= 1:
         return {}
-    check(tp)
     try:
         from transformers.distributed import DistributedConfig
 
@@ -45,33 +27,34 @@ def load_options(tp):
         return {"tp_plan": "auto"}
 
 
-class Ranks:
-    """The processes of a tensor parallel run, or the one there is."""
+class Group:
+    """The ranks that hold one model together; without --tp the one process there is."""
 
-    def __init__(self, tp=1, device="cpu"):
-        self.size = tp if tp > 1 else 1
-        self.rank = world()[0] if self.size > 1 else 0
-        self.device = device
+    def __init__(self, tp=None, device="cpu"):
+        self.size, self.device = tp or 1, device
 
-    def _reduced(self, value, operator):
+    def _reduced(self, value, name):
         if self.size == 1:
             return value
         there = torch.tensor(float(value), device=self.device, dtype=torch.float64)
-        torch.distributed.all_reduce(there, op=operator)
+        torch.distributed.all_reduce(there, op=getattr(torch.distributed.ReduceOp, name))
         return float(there)
 
     def barrier(self):
         """Wait until every rank is here."""
-        self._reduced(0, torch.distributed.ReduceOp.SUM if self.size > 1 else None)
+        self._reduced(0, "SUM")
 
     def largest(self, value):
         """The largest of the ranks' values."""
-        return self._reduced(value, torch.distributed.ReduceOp.MAX if self.size > 1 else None)
+        return self._reduced(value, "MAX")
 
     def mean(self, value):
-        """The mean of the ranks' values, such as a density over the heads of each."""
-        sum_of = torch.distributed.ReduceOp.SUM if self.size > 1 else None
-        return self._reduced(value, sum_of) / self.size
+        """The mean of the ranks' values."""
+        return self._reduced(value, "SUM") / self.size
+
+    def over_heads(self, counts):
+        """Session.counts with densities over all heads: a rank has seen its own only."""
+        return counts | {name: self.mean(counts[name]) for name in ("density", "computed")}
 
 
 class Communication:

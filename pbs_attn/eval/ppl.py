@@ -11,7 +11,7 @@ import statistics
 
 from .. import methods
 from ..cli import CommandError, measure
-from . import scores, tables, texts
+from . import parallel, scores, tables, texts
 from .jobs import Job, Plan, prompt_cost
 
 NAME = "ppl"
@@ -114,17 +114,20 @@ def work_all(session, chosen, job, args):
     if prefix:
         with session.using(dense):
             cache = measure.prefill(session.model, ids[:, :prefix]).cache
+    ranks = parallel.Group(args.tp, session.device)
     reference, counts = _prefill(session, dense, ids, prefix, cache)
     base = scores.score(session.model, ids[:, prefix:], reference)
     copied = measure.copied_tokens(ids.cpu())[prefix:]
     for method in sorted(chosen, key=lambda m: m is not dense):
         try:
             if method is dense:
-                yield method, fields(base, None, copied, prefix) | _cost(reference, counts)
+                record = fields(base, None, copied, prefix)
+                yield method, record | _cost(reference, ranks.over_heads(counts))
                 continue
             run, counts = _prefill(session, method, ids, prefix, cache)
             found = scores.score(session.model, ids[:, prefix:], run, reference)
-            yield method, fields(found, base, copied, prefix) | _cost(run, counts)
+            record = fields(found, base, copied, prefix)
+            yield method, record | _cost(run, ranks.over_heads(counts))
             del run
         except Exception as error:
             yield method, error

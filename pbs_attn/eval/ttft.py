@@ -60,7 +60,6 @@ def prepare(args, tokens):
             raise CommandError(f"--{name} is {value}; allowed: {int(name == 'repeat')} or more")
     if args.mlp_chunk < 0:
         raise CommandError(f"--mlp-chunk is {args.mlp_chunk}; allowed: 0 (off), or tokens")
-    parallel.check(args.tp or 1)
     found, lengths = texts.load(args.text), texts.parse_lengths(args.lengths)
     inputs = {text.name: texts.token_ids(tokens, text.text) for text in found}
     notes, jobs = [_note(args)], []
@@ -141,7 +140,7 @@ class Bench:
     def __init__(self, session, args, job):
         self.session, self.model, self.device = session, session.model, session.device
         self.job, self.args = job, args
-        self.ranks = parallel.Ranks(args.tp or 1, session.device)
+        self.ranks = parallel.Group(args.tp, session.device)
         self.inputs = [session.tensor(ids) for ids in job.payload["inputs"]]
         self.last_row = measure.last_row_only(session.model)
         self.failed, self.records, self.memory, self.clocks = {}, {}, {}, {}
@@ -201,9 +200,7 @@ class Bench:
             logits = output.logits[0, -1].float()
         held = timing.cache_bytes(output.past_key_values)
         del output
-        counts = self.session.counts(calls)
-        for name in ("density", "computed"):  # a rank has seen its own heads only
-            counts[name] = self.ranks.mean(counts[name])
+        counts = self.ranks.over_heads(self.session.counts(calls))
         fields = {**counts, "backend": self._backend(method, kernels.seen),
                   "first_token": int(logits.argmax()), "cache_gb": held / 1e9}  # fmt: skip
         if self.ranks.size > 1:
