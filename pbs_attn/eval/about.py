@@ -51,6 +51,18 @@ def model(path, config, tokenizer):
             "generation": generation}  # fmt: skip
 
 
+def parameters(config):
+    """Number of parameters of the model that `config` describes; None if that cannot be told."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):  # no memory, no weights
+            empty = AutoModelForCausalLM.from_config(config)
+    except Exception:  # code of its own, or a config without a causal model
+        return None
+    return sum(weight.numel() for weight in empty.parameters())
+
+
 def _cached(name):
     """The folder of a hub id in the local cache, None if it is not there."""
     from transformers.utils import cached_file

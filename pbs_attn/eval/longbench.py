@@ -201,6 +201,7 @@ def generated(out):
         "new_tokens": len(out.tokens), "stop": out.stop, "prefill_s": out.prefill_s,
         "total_s": out.total_s, "density": out.density, "computed": out.computed,
         "calls": out.calls, "reasons": out.reasons, "peak_gb": out.peak_gb,
+        "first_token": out.tokens[0] if out.tokens else None,
     }  # fmt: skip
 
 
