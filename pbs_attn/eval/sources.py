@@ -13,6 +13,7 @@ import hashlib
 import json
 import re
 import zipfile
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -279,7 +280,7 @@ class _Files:
             try:
                 with zipfile.ZipFile(self.where) as archive, archive.open(name) as file:
                     yield file, f"{self.where}/{name}"
-            except (zipfile.BadZipFile, EOFError) as error:
+            except (zipfile.BadZipFile, zlib.error, EOFError) as error:
                 raise CommandError(f"--data {self.where}: {name} is damaged: {error}") from None
         else:
             with open(self.where / name, "rb") as file:
@@ -293,6 +294,7 @@ def hub(benchmark):
     """
     try:
         import huggingface_hub
+        from huggingface_hub import constants
     except ModuleNotFoundError as error:
         raise missing(error.name) from None
     repositories, name = HUB[benchmark]
@@ -309,7 +311,7 @@ def hub(benchmark):
             reasons.append(f"{repository}: {first[0] if first else type(error).__name__}")
     raise CommandError(
         f"--data hub: {benchmark}'s {name} is not in the cache "
-        f"({huggingface_hub.constants.HF_HUB_CACHE}) and cannot be fetched ({'; '.join(reasons)}). "
+        f"({constants.HF_HUB_CACHE}) and cannot be fetched ({'; '.join(reasons)}). "
         f"Fetch https://huggingface.co/datasets/{repositories[0]}/resolve/main/{name} on a machine "
         f"with a connection, copy it here and say --data {name}"
     )
