@@ -14,6 +14,8 @@ A bench is one line in BENCHES and one module pbs_attn/eval/<bench>.py, imported
     prompt(tokens, job, args) -> (ids, info)      optional, for --dry-run
     describe(job, record) -> text                 optional, for --show
     running(records) -> text                      optional, for the progress line
+
+or, if it is one job and no rows (calibrate), add_arguments and main(args) -> exit status.
 """
 
 import argparse
@@ -161,7 +163,8 @@ def bench_parser(name):
         epilog="examples:\n" + bench.EXAMPLES.strip("\n"),
     )
     bench.add_arguments(parser)
-    add_frame_arguments(parser, bench)
+    if not hasattr(bench, "main"):
+        add_frame_arguments(parser, bench)
     return bench, parser
 
 
@@ -259,7 +262,8 @@ def dry_run(bench, args, tokens, plan, jobs, methods):
 def main(args):
     command = "python -m pbs_attn eval " + shlex.join([args.bench, *args.rest])
     bench, parser = bench_parser(args.bench)
-    return run(bench, parser.parse_args(args.rest), command)
+    args = parser.parse_args(args.rest)
+    return bench.main(args) if hasattr(bench, "main") else run(bench, args, command)
 
 
 def run(bench, args, command):

@@ -173,13 +173,13 @@ def table(rows):
     return "\n".join(line.rstrip() for line in text)
 
 
-def write_json(path, value):
+def write_json(path, value, indent=1):
     """`value` as JSON in `path`: the old file or the new one, never half of one."""
     folder = os.path.dirname(os.path.abspath(path))
     handle, part = tempfile.mkstemp(prefix=".pbs_attn-", dir=folder)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(value, file, indent=1)
+            json.dump(value, file, indent=indent)
             file.write("\n")
         os.chmod(part, 0o644)
         os.replace(part, path)

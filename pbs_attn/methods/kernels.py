@@ -50,7 +50,8 @@ class Full(_Dense):
 class KernelMethod(Method):
     """A PBSConfig under a name; PBSConfig explains the fields.
 
-    thresholds: JSON file of tau per [layer][query head], in place of `tau`."""
+    thresholds: JSON file of tau per [layer][query head], in place of `tau`; for xattention
+    `eval calibrate` makes one."""
 
     kind: ClassVar[str] = "kernel"
     KEEP_ALL: ClassVar[str] = "tau=1"
@@ -123,6 +124,8 @@ def _threshold_table(path):
 def _read_table(path, _changed):
     with open(path, encoding="utf-8") as file:
         table = json.load(file)
+    if isinstance(table, dict) and table.get("method") == "xattention":
+        table = table.get("layers")  # what `eval calibrate` writes
     if not isinstance(table, list) or not all(isinstance(row, list) for row in table) or not table:
         raise TypeError("allowed: a list over layers of lists over query heads")
     for i, row in enumerate(table):
