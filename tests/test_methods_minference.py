@@ -86,12 +86,13 @@ def test_reads_what_the_definition_says(case):
     tm.assert_pairs(pairs, mask, num_q, num_k, case)
 
 
-def test_strips_change_nothing(monkeypatch):
+@pytest.mark.parametrize("starts", [1, 2**24])
+def test_strips_change_nothing(monkeypatch, starts):
     q, k, v = tm.inputs(700, 900, (4, 2), peak=2.0)
     method = methods.get("minference:vertical=40,slash=105")
     whole = method.attention(tm.call(q, k, v))
     monkeypatch.setattr("pbs_attn.methods.blockmath.STRIP_CELLS", 1)  # one block of rows at a time
-    monkeypatch.setattr(minference, "STARTS", 1)
+    monkeypatch.setattr(minference, "STARTS", starts)  # tiles of one strip, of all
     out, pairs = method.attention(tm.call(q, k, v))
     torch.testing.assert_close(out, whole[0], rtol=1e-5, atol=1e-6)
     assert torch.equal(pairs, whole[1])
