@@ -196,13 +196,10 @@ def test_rows_of_a_file(checkpoint, tmp_path, capsys):
 
 
 def test_max_prompt_keeps_the_end(session):
-    session.tokens.max_prompt, before = 50, session.tokens.max_prompt
-    try:
-        job = agreement.Job("agreement", "t", "1", 0, 1.0,
-                            {"path": "f", "line": json.dumps({"prompt": "a" * 60 + "b" * 30})})  # fmt: skip
-        ids, info = agreement.prompt(session.tokens, job, type("Args", (), {"new_tokens": 2}))
-    finally:
-        session.tokens.max_prompt = before
+    row = json.dumps({"prompt": "a" * 60 + "b" * 30})
+    job = agreement.Job("agreement", "t", "1", 0, 1.0, {"path": "f", "line": row})
+    tokens = Tokens(session.tokens.tokenizer, byte_models.WINDOW, max_prompt=50)
+    ids, info = agreement.prompt(tokens, job, type("Args", (), {"new_tokens": 2}))
     assert session.tokens.decode(ids) == "a" * 20 + "b" * 30
     assert info == {"tokens": 50, "cut": 40}
 

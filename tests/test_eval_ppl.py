@@ -326,8 +326,11 @@ def test_same_text_twice_and_same_names(tmp_path):
 
 
 def test_windows_pool_by_their_tokens():
-    rows = [{"delta": 1.0, "delta_se": 0.3, "tokens": 100},
-            {"delta": 4.0, "delta_se": 0.4, "tokens": 200}, {"delta": None, "tokens": 1}]  # fmt: skip
+    rows = [
+        {"delta": 1.0, "delta_se": 0.3, "tokens": 100},
+        {"delta": 4.0, "delta_se": 0.4, "tokens": 200},
+        {"delta": None, "tokens": 1},
+    ]
     mean, error = tables.pooled(rows, "delta", "tokens")
     assert mean == pytest.approx(3.0)
     assert error == pytest.approx(math.sqrt(30**2 + 80**2) / 300)
