@@ -222,8 +222,8 @@ def _likeliest(session, method, ids, answer):
         chances = logits.log_softmax(-1)[last].tolist()
     found = metrics.LETTERS[max(range(4), key=chances.__getitem__)]
     fields = {"pred": found, "logprobs": dict(zip(metrics.LETTERS, chances, strict=True)),
-              "new_tokens": 0, "stop": "length", "prefill_s": run.seconds,
-              "total_s": run.seconds, **counts}  # fmt: skip
+              "new_tokens": 0, "stop": "length", "first_token": run.next_token,
+              "prefill_s": run.seconds, "total_s": run.seconds, **counts}  # fmt: skip
     return found, fields
 
 

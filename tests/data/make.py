@@ -34,7 +34,7 @@ def shrink(name, tensors, entry, heads):
     return save(small, {"name": name, "orig_vs_spec": json.dumps(differs)})
 
 
-def metric_rows(lines, per_task=12, per_score=3, longest=8000):
+def metric_rows(lines, per_task=12, per_score=3, longest=4500):
     """The shortest rows of every task, at most `per_score` of them with the same score."""
 
     def size(row):
