@@ -134,6 +134,12 @@ def add_frame_arguments(parser, bench):
                        help="short calls go dense by the measured defaults, as in use")  # fmt: skip
     group = parser.add_argument_group("prompts")
     group.add_argument("--max-prompt", type=_tokens, metavar="N", help="cut prompts to N tokens")
+    group.add_argument(
+        "--window",
+        type=_tokens,
+        metavar="N",
+        help="positions of the model, where its config does not say them right",
+    )
     group.add_argument("--no-chat", action="store_true", help="plain prompts, no chat template")
     group.add_argument("--template-args", type=_dictionary, metavar="JSON", help="for the chat "
                        f"template, on top of {json.dumps(TEMPLATE_ARGS)}")  # fmt: skip
@@ -282,8 +288,8 @@ def run(bench, args, command):
     path = models.locate(args.model, print, weights=not (args.dry_run or only_write))
     tokenizer, config = models.load_tokenizer(path, trust_remote_code=args.trust_remote_code)
     tokens = Tokens(
-        tokenizer, window_of(config), max_prompt=args.max_prompt, use_chat=not args.no_chat,
-        template_args=TEMPLATE_ARGS | (args.template_args or {}), name=args.model,
+        tokenizer, args.window or window_of(config), name=args.model, max_prompt=args.max_prompt,
+        use_chat=not args.no_chat, template_args=TEMPLATE_ARGS | (args.template_args or {}),
     )  # fmt: skip
     if args.out is None:
         slug = re.sub(r"[^A-Za-z0-9.]+", "-", Path(args.model).name).strip("-").lower()

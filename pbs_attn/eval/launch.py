@@ -5,6 +5,7 @@ import contextlib
 import datetime
 import signal
 import threading
+from collections import Counter
 
 import torch
 
@@ -104,6 +105,7 @@ class Launch:
             "methods": {method.label: method.to_dict() for method in self.methods},
             "expected": expected(self.jobs, self.labels),
             "model": {"name": self.args.model, "path": str(self.path), "window": self.tokens.window,
+                      "parameters": about.parameters(self.config),
                       "architecture": (self.config.architectures or ["?"])[0]},  # fmt: skip
             "notes": list(self.plan.notes),
             "arguments": arguments,
@@ -243,10 +245,8 @@ class Launch:
     def _say_incomplete(self, failed, missing, total):
         parts = []
         if failed:
-            counts = {}
-            for record in failed:
-                counts[record["status"]] = counts.get(record["status"], 0) + 1
-            kinds = ", ".join(f"{n} {status}" for status, n in counts.items())
+            counts = Counter(record["status"] for record in failed).most_common()
+            kinds = ", ".join(f"{n} {status}" for status, n in counts)
             zero = "" if self.args.allow_missing else "; they count as zero"
             parts.append(f"{len(failed)} of {total:,} rows failed ({kinds}){zero}")
         if missing:

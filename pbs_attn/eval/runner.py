@@ -81,10 +81,13 @@ def device_lost(error):
     return isinstance(error, kinds) or "CUDA error" in str(error)
 
 
-def _free(error):
-    """Let go of what the failed row held: its frames, then torch's cache."""
+def _forget(error):
+    """Let go of the frames of a failed row, and of the tensors in them."""
     while error is not None:
         error.__traceback__, error = None, error.__context__
+
+
+def _free():
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -131,13 +134,13 @@ class Runner:
         again = []
         for method, result in self._attempt(job, methods):
             if isinstance(result, Exception) and out_of_memory(result):
-                _free(result)
+                _forget(result)
                 again.append(method)
             else:
                 yield method, result
         for method in again:
             self.progress.say(f"{job.task} {job.id}: {method.label} ran out of memory, once more")
-            _free(None)
+            _free()
             yield from self._attempt(job, [method])
 
     def _attempt(self, job, methods):
@@ -179,7 +182,9 @@ class Runner:
         tail = {"seed": self.session.seed, "time": time.time()}
         if isinstance(result, Exception):
             state = failure(result) | {k: job.payload[k] for k in ("meta",) if k in job.payload}
-            _free(result)
+            _forget(result)
+            if state["status"] == "oom":
+                _free()
         else:
             state = {"status": "ok", "error": None}
         record = head | state | tail

@@ -35,7 +35,7 @@ def plain(value):
     for name in ("tolist", "item"):
         if hasattr(value, name):
             return getattr(value, name)()
-    if isinstance(value, (set, frozenset, tuple)):
+    if isinstance(value, (set, frozenset)):
         return sorted(value)
     raise TypeError(f"a {type(value).__name__} cannot be kept in a record")
 
