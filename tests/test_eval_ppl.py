@@ -319,8 +319,9 @@ def test_same_text_twice_and_same_names(tmp_path):
     for name, text in (("a", "one"), ("b", "two"), ("c", "one")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "t.txt").write_text(text, encoding="utf-8")
-    found = texts.load([tmp_path / "a/t.txt", tmp_path / "b/t.txt"])
-    assert [text.name for text in found] == ["t", "t+"]
+    found = texts.load([tmp_path / "a/t.txt", tmp_path / "b/t.txt", "demo"])
+    assert [text.name for text in found] == ["t", "t+", "opticks"]
+    assert texts.load(None) == texts.load(["demo"])
     with pytest.raises(CommandError, match="twice"):
         texts.load([tmp_path / "a/t.txt", tmp_path / "c/t.txt"])
 

@@ -17,22 +17,26 @@ class Text(NamedTuple):
     text: str
 
 
+DEMO = "demo"  # what a command line calls the text that the package ships
+
+
 def load(paths):
-    """The texts of `paths` (UTF-8 files); without any, the text that the package ships.
+    """The texts of `paths` (UTF-8 files, "demo", "-"); without any, what the package ships.
 
     Raises CommandError for a file that cannot be read, is empty, or is given twice.
     """
     found = []
-    for path in paths or [None]:
-        _, text = models.read_text(path)
-        name = "opticks" if path is None else Path(path).stem or "stdin"
+    for path in paths or [DEMO]:
+        shipped = path == DEMO
+        _, text = models.read_text(None if shipped else str(path))
+        name = "opticks" if shipped else Path(path).stem.strip("-") or "stdin"
         digest = hashlib.sha256(text.encode()).hexdigest()
         if any(digest == other.sha256 for other in found):
             raise CommandError(f"--text {path}: the same text is given twice")
         taken = [other.name for other in found]
         while name in taken:
             name += "+"
-        found.append(Text(name, "" if path is None else str(path), digest, text))
+        found.append(Text(name, "" if shipped else str(path), digest, text))
     return found
 
 

@@ -38,7 +38,7 @@ describe, running, summary = ttft_table.describe, ttft_table.running, ttft_table
 def add_arguments(parser):
     parser.add_argument("--text", nargs="+", metavar="FILE",
                         help="UTF-8 documents, cut to length; shorter ones are repeated and "
-                             "marked (default: Newton's Queries)")  # fmt: skip
+                             "marked; demo (default): Newton's Queries")  # fmt: skip
     parser.add_argument("--lengths", default="2k,3000,4k", metavar="LIST",  # 3000: no whole blocks
                         help="tokens: 2k,3000 or 8k..512k, which doubles "
                              "(%(default)s)")  # fmt: skip
