@@ -210,7 +210,10 @@ def test_max_prompt_keeps_the_end(session):
         (["--new-tokens", "0"], "--new-tokens is 0"),
         (["--data", "/nowhere.jsonl"], "/nowhere.jsonl"),
         (["--data", "a", "--text", "b"], "allowed: one of them"),
-        (["--lengths", "4096"], "allowed: up to 4,096"),
+        (
+            ["--lengths", "4090"],
+            "4,090; allowed: up to 4,096, the window of the model, less the 16",
+        ),
     ],
 )
 def test_bad_input_is_said_before_any_work(checkpoint, tmp_path, capsys, words, wanted):

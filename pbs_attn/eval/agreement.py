@@ -50,7 +50,7 @@ def prepare(args, tokens):
         found = texts.load(args.text)
         digests = {text.name: text.sha256 for text in found}
         lengths = texts.parse_lengths(args.lengths)
-        ppl.check_window([length + args.new_tokens for length in lengths], tokens.window)
+        ppl.check_window(lengths, tokens.window, args.new_tokens)
         for text, start, ids in ppl.windows(found, lengths, args, tokens, notes):
             cost = prompt_cost(len(ids), args.new_tokens)
             jobs.append(Job(NAME, text.name, str(start), len(ids), cost, {"ids": ids.tolist()}))

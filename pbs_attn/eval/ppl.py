@@ -79,11 +79,12 @@ def parse_prefix(text, lengths):
     return prefix[0]
 
 
-def check_window(lengths, window):
+def check_window(lengths, window, new_tokens=0):
     """Raises CommandError for lengths that the model has no positions for."""
-    if window is not None and lengths[-1] > window:
+    if window is not None and lengths[-1] + new_tokens > window:
+        room = f", less the {new_tokens} new tokens" if new_tokens else ""
         raise CommandError(f"--lengths has {lengths[-1]:,}; allowed: up to {window:,}, the window "
-                           "of the model")  # fmt: skip
+                           f"of the model{room}")  # fmt: skip
 
 
 def windows(found, lengths, args, tokens, notes):
