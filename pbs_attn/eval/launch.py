@@ -135,7 +135,9 @@ class Launch:
             if self.store:
                 self.store.close()
         self.ranks.meet()
-        return self._finish()
+        status = self._finish()
+        self.ranks.meet()  # a rank that leaves with 3 may cut off what another still prints
+        return status
 
     def _open(self):
         run = self.run()

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The processes of one start under torchrun: each a shard of the rows, or all one model (--tp).
 
-Without --tp ranks share nothing but the run folder, and meet once, at the end: torchrun stops
+Without --tp ranks share nothing but the run folder, and meet at the end: torchrun stops
 everybody as soon as one rank leaves with a status that is not 0.
 """
 
+import atexit
 import datetime
 import os
+import signal
+import threading
 
 from ..cli import CommandError
 
@@ -19,6 +22,14 @@ def _number(name, default):
         return int(text)
     except ValueError:
         raise CommandError(f"the environment has {name}={text!r}; allowed: an integer") from None
+
+
+def _end():
+    """At the exit of the process: torch cannot form a group again after it was taken apart."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 class Ranks:
@@ -62,6 +73,7 @@ class Ranks:
             if not dist.is_initialized():
                 backend = "nccl" if device.startswith("cuda") else "gloo"
                 dist.init_process_group(backend)
+                atexit.register(_end)
 
     def share(self, value):
         """Rank 0's `value` on every rank under --tp; elsewhere one's own."""
@@ -74,12 +86,15 @@ class Ranks:
         return box[0]
 
     def meet(self):
-        """Wait for every rank of torchrun to be done with its rows."""
+        """Wait for every rank of torchrun; nothing where there is one process."""
         if self.world == 1 or "MASTER_ADDR" not in os.environ:
             return
         import torch.distributed as dist
 
+        # The wait is deaf to Python's handlers, and all rows are kept: SIGTERM may simply end it.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if not dist.is_initialized():
             dist.init_process_group("gloo", timeout=FOREVER)
+            atexit.register(_end)
         dist.barrier()
-        dist.destroy_process_group()
