@@ -10,6 +10,10 @@ DENSITY = {"full": 1.0, "identity": 0.45, "pbs": 0.35, "pbs+": 0.34, "meanpool":
            "xattention": 0.25}  # fmt: skip
 
 
+def density_of(label):
+    return DENSITY.get(label.partition(":")[0], 0.5)
+
+
 def run_json(bench, records, *, identity=None, model="Llama-3.1-8B-Instruct", parameters=8.03e9,
              expected=None, **more):  # fmt: skip
     labels = list(dict.fromkeys(record["method"] for record in records)) or ["full"]
@@ -42,7 +46,7 @@ def write(folder, bench, records, shards=1, **options):
 
 
 def record(bench, task, name, method, length=0, **fields):
-    density = DENSITY.get(method.partition(":")[0], 0.5)
+    density = density_of(method)
     return {
         "bench": bench, "task": task, "id": str(name), "length": length, "method": method,
         "shard": "0/1", "status": "ok", "error": None, "seed": 42, "time": time.time(),
@@ -130,7 +134,7 @@ def ppl(labels=LABELS, texts=("worked", "popular"), lengths=(2048, 4096), seed=0
             sizes = [128] * (tokens // 128) + [tokens % 128] * (tokens % 128 > 0)
             base = [3 + rng.gauss(0, 0.3) for _ in sizes]
             for label in labels:
-                worse = 0 if label == "full" else 0.05 * (1 - DENSITY[label.partition(":")[0]])
+                worse = 0 if label == "full" else 0.05 * (1 - density_of(label))
                 blocks = [x + (rng.gauss(worse, 0.04) if worse else 0) for x in base]
                 found.append(loss_record(text, length, label, blocks, base))
     return found
@@ -169,7 +173,7 @@ def ttft(labels=LABELS, lengths=(8192, 16384, 32768, 65536, 131072), samples=10,
     rng, found = random.Random(seed), []
     for length in lengths:
         for label in labels:
-            share = DENSITY.get(label.partition(":")[0], 0.5) * (8192 / length) ** 0.2
+            share = density_of(label) * (8192 / length) ** 0.2
             seconds = 1e-5 * length + 2e-9 * length**2 * min(1, share) + 0.01 * (label != "full")
             times = [seconds * (1 + 0.04 * rng.random()) for _ in range(samples)]
             found.append(record(

@@ -50,6 +50,10 @@ class Section:
         record = self.rows[label].get(key)
         return record if record is not None and record["status"] == "ok" else None
 
+    def records(self):
+        """Every record, failed ones too."""
+        return [record for rows in self.rows.values() for record in rows.values()]
+
     def tasks(self):
         return list(dict.fromkeys(task for task, _, _ in self.keys))
 
@@ -173,6 +177,11 @@ def _not_run(keys, group):
 def _order(key):
     task, name, length = key
     return length, task, (len(name), name) if name.isdigit() else (99, name)
+
+
+def meta(record):
+    """What the data says of a row: {} where a failed record kept nothing."""
+    return record.get("meta") or {}
 
 
 def model_name(info):

@@ -115,6 +115,6 @@ def note(view, source):
     used = "; ".join(f"{name}: {paper['settings'][name]}" for name in sorted(settings))
     return (
         f"Columns from `paper: ...` on: {paper['title']}, arXiv {paper['arxiv']}, "
-        f"{source['where']} ({source['source']}); {source['unit']}; {source['note']}. Not comparable with the other "
-        f"columns: {'; '.join(apart)}. The paper's settings: {used}."
+        f"{source['where']} ({source['source']}); {source['unit']}; {source['note']}. "
+        f"Not comparable with the other columns: {'; '.join(apart)}. The paper's settings: {used}."
     )

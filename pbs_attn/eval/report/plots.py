@@ -52,22 +52,37 @@ def figure(path, rows=1, columns=1, height=4.2, **options):
 
 
 def style(label, labels):
-    """(colour, marker) of a method: fixed for the known ones, so that pictures agree."""
+    """(colour, marker, fill) of a method: fixed for the known ones, so that pictures agree.
+
+    Methods of one name with other parameters share colour and marker; every second is hollow.
+    """
     name = label.partition(":")[0]
-    if name in COLOURS:
-        return COLOURS[name], MARKERS[name]
     names = list(dict.fromkeys(x.partition(":")[0] for x in labels))
-    place = [x for x in names if x not in COLOURS].index(name) % len(SPARE)
-    return SPARE[place], SPARE_MARKERS[place]
+    if name in COLOURS:
+        colour, marker = COLOURS[name], MARKERS[name]
+    else:
+        place = [x for x in names if x not in COLOURS].index(name) % len(SPARE)
+        colour, marker = SPARE[place], SPARE_MARKERS[place]
+    same = [x for x in labels if x.partition(":")[0] == name]
+    return colour, marker, "white" if same.index(label) % 2 else colour
+
+
+def ink(label, labels):
+    """How a method's name is written: its colour, darker to be read as text, on a white edge."""
+    from matplotlib.colors import to_rgb
+    from matplotlib.patheffects import withStroke
+
+    colour = tuple(0.72 * part for part in to_rgb(style(label, labels)[0]))
+    return {"color": colour, "path_effects": [withStroke(linewidth=2.5, foreground="white")]}
 
 
 def spread(heights, gap):
     """Heights [n] moved apart to at least `gap`, in their order, as little as they must."""
     order = np.argsort(heights, kind="stable")
     placed = np.asarray(heights, np.float64)[order]
-    for _ in range(200):
+    for _ in range(500):
         overlap = gap - np.diff(placed)
-        if not (overlap > 1e-9).any():
+        if not (overlap > 0.01).any():
             break
         push = np.clip(overlap, 0, None) / 2
         placed[:-1] -= push
@@ -77,23 +92,64 @@ def spread(heights, gap):
     return result
 
 
-def name_points(axes, points, labels, size=10):
-    """Write each method beside its point [(label, x, y)]: names never on top of each other."""
+def name_points(axes, points, bars, labels, size=10):
+    """Write each method beside its point [(label, x, y)], where it covers least of the rest.
+
+    Around every point 24 places are tried; what counts is the area shared with markers, bars
+    [(below, above)], names that stand already and the world outside, then the distance.
+    """
+    renderer = axes.figure.canvas.get_renderer()
     axes.figure.canvas.draw()  # fixes the transform from data to pixels
-    if not points:
-        return
-    pixels = axes.transData.transform([(x, y) for _, x, y in points])
-    heights = spread(pixels[:, 1], gap=size * 1.75)
-    middle = np.mean(axes.transAxes.transform([(0, 0), (1, 0)])[:, 0])
-    for (label, x, y), (left, bottom), height in zip(points, pixels, heights, strict=True):
-        side = -1 if left > middle else 1
-        moved = abs(height - bottom) > 2
-        axes.annotate(
-            label, (x, y), xytext=(side * 9, (height - bottom) * 72 / axes.figure.dpi),
-            textcoords="offset points", ha="left" if side > 0 else "right", va="center",
-            fontsize=size, color=style(label, labels)[0], zorder=5,
-            arrowprops={"arrowstyle": "-", "color": "#bbbbbb", "lw": 0.7} if moved else None,
+    taken, centres = [], axes.transData.transform([(x, y) for _, x, y in points])
+    for (_, x, y), (low, high), centre in zip(points, bars, centres, strict=True):
+        ends = axes.transData.transform([(x, y - low), (x, y + high)])[:, 1]
+        taken.append((3.0, (centre[0] - 7, centre[1] - 7, centre[0] + 7, centre[1] + 7)))
+        taken.append((1.0, (centre[0] - 3, ends[0], centre[0] + 3, ends[1])))
+    whole = axes.get_window_extent().extents
+    scale = axes.figure.dpi / 72
+    for (label, x, y), centre in zip(points, centres, strict=True):
+        text = axes.annotate(
+            label, (x, y), xytext=(0, 0), textcoords="offset points", fontsize=size, va="center",
+            zorder=5, **ink(label, labels),
         )  # fmt: skip
+        extent = text.get_window_extent(renderer)
+        found = [
+            _try(centre, turn, reach * scale, extent.width, extent.height, taken, whole)
+            for reach in (9, 18, 32)
+            for turn in range(0, 360, 45)
+        ]
+        _, box, reach = min(found, key=lambda each: each[0])
+        taken.append((10.0, box))
+        offset = (box[0] - centre[0]) / scale, ((box[1] + box[3]) / 2 - centre[1]) / scale
+        text.set_position(offset)
+        if reach > 12 * scale:
+            _leader(axes, centre, box)
+
+
+def _try(centre, turn, reach, width, height, taken, whole):
+    """(cost, box in pixels, reach) of a name that begins `reach` pixels off in a direction."""
+    x = centre[0] + reach * np.cos(np.radians(turn))
+    y = centre[1] + reach * np.sin(np.radians(turn))
+    left = x - width * (0.5 - 0.5 * round(np.cos(np.radians(turn))))
+    below = y - height / 2 + 0.35 * height * np.sin(np.radians(turn))
+    box = (left, below, left + width, below + height)
+    inside = _shared(box, whole)
+    cost = 20 * (1 - inside / (width * height)) + reach / 60
+    return cost + sum(w * _shared(box, other) for w, other in taken) / 100, box, reach
+
+
+def _shared(box, other):
+    """Area that two boxes (left, below, right, above) have in common."""
+    width = min(box[2], other[2]) - max(box[0], other[0])
+    height = min(box[3], other[3]) - max(box[1], other[1])
+    return max(width, 0) * max(height, 0)
+
+
+def _leader(axes, centre, box):
+    """A thin line from a point to the nearest edge of its name."""
+    end = (np.clip(centre[0], box[0], box[2]), np.clip(centre[1], box[1], box[3]))
+    ends = axes.transData.inverted().transform([centre, end])
+    axes.plot(*ends.T, color="#999999", lw=0.7, zorder=2, scalex=False, scaley=False)
 
 
 def score_density(view, scope, strata, path):
@@ -120,16 +176,18 @@ def score_density(view, scope, strata, path):
         axes.set(xlabel="density: share of causal blocks computed", ylabel="score, 0 to 100")
         axes.set_title(f"{scope}, {len(keys)} rows")
         _density_axis(axes, points)
-        name_points(axes, points, labels)
+        name_points(axes, points, bars, labels)
     text = "bars: 95% interval of the paired difference" if view.base else "bars: 95% interval"
     return f"Score against density ({scope}); {text}"
 
 
 def _scatter(axes, points, bars, labels):
     for (label, x, y), (low, high) in zip(points, bars, strict=True):
-        colour, marker = style(label, labels)
-        axes.errorbar(x, y, yerr=[[low], [high]], color=colour, marker=marker, ms=7, lw=1.4,
-                      capsize=3, ls="none", zorder=4)  # fmt: skip
+        colour, marker, fill = style(label, labels)
+        axes.errorbar(
+            x, y, yerr=[[low], [high]], color=colour, marker=marker, ms=7, lw=1.4, mfc=fill,
+            capsize=3, ls="none", zorder=4,
+        )  # fmt: skip
 
 
 def _density_axis(axes, points):
@@ -166,8 +224,8 @@ def loss_density(view, path):
             _density_axis(panel, points)
         for panel in axes[:, 0]:
             panel.set_ylabel("change of the loss, nats per token")
-        for panel, (_, points, _) in zip(axes.flat, panels, strict=False):
-            name_points(panel, points, view.labels, size=9)
+        for panel, (_, points, bars) in zip(axes.flat, panels, strict=False):
+            name_points(panel, points, bars, view.labels, size=9)
     return "Change of the loss against density; bars: 95% interval over blocks of 128 tokens"
 
 
@@ -192,11 +250,14 @@ def time_length(view, path):
     with figure(path) as (_, axes):
         axes = axes[0, 0]
         for label, found in lines.items():
-            colour, marker = style(label, view.labels)
+            colour, marker, fill = style(label, view.labels)
             for length, times in found:
                 axes.plot([length] * times.size, times, ".", color=colour, ms=5, alpha=0.35, mew=0)
             medians = [np.median(times) for _, times in found]
-            axes.plot([n for n, _ in found], medians, color=colour, marker=marker, ms=6, lw=1.6)
+            axes.plot(
+                [n for n, _ in found], medians, color=colour, marker=marker, ms=6, lw=1.6, mfc=fill,
+                ls="-" if fill == colour else "--",
+            )  # fmt: skip
         _time_axes(axes, view.section.lengths())
         ends = [(label, found[-1][0], float(np.median(found[-1][1]))) for label, found in
                 lines.items()]  # fmt: skip
@@ -223,12 +284,12 @@ def _name_ends(axes, ends, labels):
     """Names to the right of the last points, apart from each other."""
     axes.figure.canvas.draw()
     pixels = axes.transData.transform([(x, y) for _, x, y in ends])
-    heights = spread(pixels[:, 1], gap=19)
+    heights = spread(pixels[:, 1], gap=1.25 * 10 * axes.figure.dpi / 72)
     for (label, x, y), (_, bottom), height in zip(ends, pixels, heights, strict=True):
         axes.annotate(
             label, (x, y), xytext=(12, (height - bottom) * 72 / axes.figure.dpi),
-            textcoords="offset points", va="center", fontsize=10, color=style(label, labels)[0],
-            arrowprops={"arrowstyle": "-", "color": "#bbbbbb", "lw": 0.7}
+            textcoords="offset points", va="center", fontsize=10, **ink(label, labels),
+            arrowprops={"arrowstyle": "-", "color": "#999999", "lw": 0.7, "relpos": (0, 0.5)}
             if abs(height - bottom) > 2 else None,
         )  # fmt: skip
 

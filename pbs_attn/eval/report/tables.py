@@ -9,8 +9,9 @@ from .table import Column, Table
 
 NOTE_STARS = (
     "Score minus that of {base}, in points; brackets: 95% bootstrap interval over the rows, "
-    "paired, drawn task by task. \\*: the interval is without 0, and 10 rows or more differ or the "
-    "exact test agrees. Of 20 lines in which nothing happens one may get its star by chance."
+    "paired, drawn task by task. \\*: the interval is without 0; where rows are right or wrong, or "
+    "fewer than 10 differ, the exact test must agree. Of 20 lines in which nothing happens one may "
+    "get its star by chance."
 )
 
 

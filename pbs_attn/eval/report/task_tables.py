@@ -5,7 +5,8 @@ A maker returns (scopes, tables). A scope is what a score and a difference are t
 [(weight, keys)]}; its score is the sum of weight x mean score of the rows of each part.
 """
 
-from .. import recipes, ruler_scores
+from .. import recipes, ruler_scores, ruler_tasks
+from .load import meta
 from .table import Column, Table
 
 BANDS = (0, 4096, 8192, 16384, 32768, 65536, None)  # prompt tokens
@@ -120,12 +121,11 @@ def averages(section):
 
 def _buckets(section, tasks):
     """{"0-4k": mean over tasks of the rows in this bucket}, by the length of the data."""
-    length = {}
-    for rows in section.rows.values():
-        for key, record in rows.items():
-            words = (record.get("meta") or {}).get("words")
-            if words is not None:
-                length[key] = recipes.bucket(words)
+    length = {
+        key: recipes.bucket(meta(record)["words"])
+        for rows in section.rows.values() for key, record in rows.items()
+        if "words" in meta(record)
+    }  # fmt: skip
     found = {}
     for name in recipes.BUCKETS:
         parts = [[k for k in section.where(t) if length.get(k) == name] for t in tasks]
@@ -149,7 +149,8 @@ def length_bands(view):
             if key in tokens and start <= tokens[key] and (end is None or tokens[key] < end)
         ]  # fmt: skip
         if inside:
-            name = f"{start // 1024}K to {end // 1024}K" if end else f"{start // 1024}K and more"
+            name = f"{start // 1024}K to {end // 1024}K" if end else f"{start // 1024}K or more"
+            name = name if start else f"under {end // 1024}K"
             found[f"{name} tokens"] = [(1.0, inside)]
     return found
 
@@ -168,14 +169,13 @@ def band_table(view, bands):
 # ---- LongBench v2 -----------------------------------------------------------------------------
 def longbench2(view):
     """Overall, by difficulty and length of the data, and the compensated score; in percent."""
-    meta = {}
+    known = {}
     for rows in view.section.rows.values():
-        for key, record in rows.items():
-            meta.setdefault(key, record.get("meta") or {})
+        known |= {key: meta(record) for key, record in rows.items() if meta(record)}
     scopes = {OVERALL: [(1.0, list(view.section.keys))]}
     for name, values in (("difficulty", ("easy", "hard")), ("length", ("short", "medium", "long"))):
         for value in values:
-            keys = [k for k in view.section.keys if meta.get(k, {}).get(name) == value]
+            keys = [k for k in view.section.keys if known.get(k, {}).get(name) == value]
             if keys:
                 scopes[value] = [(1.0, keys)]
     bands = length_bands(view)
@@ -201,12 +201,16 @@ def _compensated(view, label):
 def ruler(view):
     """Length x method, and for every method task x length; averages are means of task means."""
     section = view.section
-    tasks, lengths = section.tasks(), section.lengths()
+    order, lengths = list(ruler_tasks.tasks()), section.lengths()
+    tasks = sorted(section.tasks(), key=lambda t: order.index(t) if t in order else len(order))
     cells = {(t, n): section.where(t, n) for t in tasks for n in lengths}
     by_length = {str(n): mean_of([cells[t, n] for t in tasks]) for n in lengths}
-    average = _ruler_averages(by_length)
-    title = f"By length: mean of {len(tasks)} tasks"
+    holes = [f"{task} at {n}" for (task, n), keys in cells.items() if not keys]
+    average = {} if holes else _ruler_averages(by_length)
+    title = f"By length: mean of {len(tasks)} of {len(order)} tasks"
     notes = ["Avg: mean over lengths; wAvg inc and dec: weights that rise and fall with length."]
+    if holes:
+        notes = [f"No mean over lengths: no row of {', '.join(holes)}."]
     table = by_scope(view, "lengths", title, {**by_length, **average}, notes=notes)
     found = [view.beside(table)]
     columns = [Column("method"), Column("task"), Column("rows", "d")]
@@ -215,8 +219,7 @@ def ruler(view):
     for label in view.labels:
         for task in tasks:
             scores = [view.mean(label, cells[task, n]) if cells[task, n] else None for n in lengths]
-            there = [score for score in scores if score is not None]
-            mean = sum(there) / len(there) if there else None
+            mean = None if None in scores else sum(scores) / len(scores)
             rows.append([label, task, len(section.where(task)), *scores, mean])
     found.append(Table("tasks", "Tasks by length", columns, rows, [view.caption()]))
     scopes = {**average, **{f"length {name}": strata for name, strata in by_length.items()}}

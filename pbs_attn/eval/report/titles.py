@@ -7,7 +7,7 @@ everything else is a smoke run and says what it is short of.
 """
 
 from .. import recipes, ruler_tasks
-from .load import model_name, parameters
+from .load import meta, model_name, parameters
 
 SMALL = 1_000_000_000  # parameters; below, task scores are near zero and say nothing of a method
 NAMES = {
@@ -19,7 +19,6 @@ NAMES = {
     "ttft": "Time to first token",
 }
 LONGBENCH2_ROWS = 503  # data.json
-RULER_TASKS = 13  # at each of ruler_tasks.LENGTHS, 500 rows each
 
 
 E_TASKS = tuple(f"{task}_e" for task in recipes.TASKS_E)
@@ -41,7 +40,9 @@ def official_rows(section):
     if section.bench == "longbench2":
         return len(section.keys), LONGBENCH2_ROWS
     if section.bench == "ruler":
-        official = RULER_TASKS * ruler_tasks.OFFICIAL_SAMPLES * len(ruler_tasks.LENGTHS)
+        official = (
+            len(ruler_tasks.tasks()) * ruler_tasks.OFFICIAL_SAMPLES * len(ruler_tasks.LENGTHS)
+        )
         return sum(length in ruler_tasks.LENGTHS for *_, length in section.keys), official
     if section.bench == "longbench" and not is_e(section):
         rows = sum(task in recipes.TASKS for task, *_ in section.keys)
@@ -66,6 +67,11 @@ def shortcomings(section):
     missing = set(E_TASKS) - set(section.tasks())
     if is_e(section) and missing:
         found.append(f"{len(E_TASKS) - len(missing)} of {len(E_TASKS)} tasks")
+    made = {meta(record)["label"] for record in section.records() if "label" in meta(record)}
+    if section.bench == "ruler" and made != {"ruler-official"}:
+        found.append("rows made here")
+    if section.identity.get("mode") == "loglik":
+        found.append("mode loglik, not the official protocol")
     if not section.complete():
         found.append("INCOMPLETE")
     return found
