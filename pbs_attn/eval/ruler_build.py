@@ -11,6 +11,7 @@ import uuid
 from typing import NamedTuple
 
 from . import ruler_tasks, ruler_text
+from .ruler_text import distinct
 
 # Where needles may stand in an essay, in percent: 40 depths from start to end (niah.py).
 DEPTHS = [round(i * 100 / 39) for i in range(40)]
@@ -43,17 +44,6 @@ class Builder:
         raise NotImplementedError
 
 
-def _distinct(count, draw, taken=()):
-    """`count` different values of draw(), none of them in `taken`."""
-    found, seen = [], set(taken)
-    while len(found) < count:
-        value = draw()
-        if value not in seen:
-            seen.add(value)
-            found.append(value)
-    return found
-
-
 def _insert(lines, places, extra):
     """`lines` with extra[i] before line places[i] (ascending)."""
     result, start = [], 0
@@ -79,8 +69,8 @@ class Needles(Builder):
         count, each = self._keys(), settings["num_needle_v"]
         others = units if settings["type_haystack"] == "needle" else 0
         # Different keys and values throughout: a second value of the asked key has no right answer.
-        keys = _distinct(count + others, lambda: self._draw(rng, kinds[0]))
-        values = _distinct(count * each + others, lambda: self._draw(rng, kinds[1]), keys)
+        keys = self._draw(rng, kinds[0], count + others)
+        values = self._draw(rng, kinds[1], count * each + others, keys)
         line = ruler_tasks.texts()["needle"]
         pairs = [(keys[i // each], values[i]) for i in range(count * each)]
         pairs += zip(keys[count:], values[count * each :], strict=True)
@@ -92,12 +82,14 @@ class Needles(Builder):
         outputs = tuple(v for i in asked for v in values[i * each : (i + 1) * each])
         return self._question(context, [keys[i] for i in asked], outputs, kinds[1])
 
-    def _draw(self, rng, kind):
+    def _draw(self, rng, kind, count, taken=()):
+        """`count` different words (pairs), numbers of seven digits or uuids."""
         if kind == "words":
-            return self.sources["words"].key(rng)
+            return self.sources["words"].keys(rng, count, taken)
         if kind == "numbers":
-            return str(rng.randint(10**6, 10**7 - 1))
-        return str(uuid.UUID(int=rng.getrandbits(128), version=4))
+            return distinct(count, lambda: str(rng.randint(10**6, 10**7 - 1)), taken)
+        draw = lambda: str(uuid.UUID(int=rng.getrandbits(128), version=4))  # noqa: E731
+        return distinct(count, draw, taken)
 
     def _context(self, rng, needles, hay, units):
         if self.task.settings["type_haystack"] == "essay":
@@ -150,7 +142,7 @@ class Variables(Builder):
     def _chain(self, rng, units, letters):
         hops = self.task.settings["num_hops"]
         draw = lambda: "".join(rng.choices(string.ascii_uppercase, k=letters))  # noqa: E731
-        names = tuple(_distinct(hops + 1, draw, ("VAR",)))
+        names = tuple(distinct(hops + 1, draw, ("VAR",)))
         value = str(rng.randint(10000, 99998))
         # The space after a copied name is RULER's.
         lines = [f"VAR {names[0]} = {value}"]
@@ -209,7 +201,7 @@ class FrequentWords(Builder):
         alpha = self.task.settings["alpha"]
         size = max(5, (self.length - self.task.new_tokens) // 50)
         draw = lambda: "".join(rng.choices(string.ascii_lowercase, k=self.LETTERS))  # noqa: E731
-        vocabulary = ["...", *_distinct(size - 1, draw)]
+        vocabulary = ["...", *distinct(size - 1, draw)]
         words = []
         for rank, word in enumerate(vocabulary, 1):
             words += [word] * int(units * rank**-alpha / _zeta(alpha))

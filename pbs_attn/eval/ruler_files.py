@@ -79,9 +79,7 @@ class Official:
         if prefix is None:
             text, prefix = ruler_tasks.split_prefix(self.task, text)
         meta = {"line": number, "index": fields.get("index")}
-        return ruler_tasks.Row(
-            text, prefix, tuple(fields["outputs"]), fields.get("length", 0), meta
-        )
+        return ruler_tasks.Row(text, prefix, tuple(fields["outputs"]), meta)
 
 
 def _wrong(fields):
@@ -176,12 +174,13 @@ def write(folder, source, samples):
 
 def _fields(source, index):
     row = source.row(index)
+    alone = source.measure.plain(row.input + row.answer_prefix)
     prompt = source.measure.prompt(row.input, row.answer_prefix)
     fields = {
         "index": index,
         "input": row.input,
         "outputs": list(row.outputs),
-        "length": row.length,
+        "length": alone + source.task.new_tokens,
         "length_w_model_temp": prompt + source.task.new_tokens,
         "answer_prefix": row.answer_prefix,
     }

@@ -102,8 +102,7 @@ class Generated:
                 )
             units = max(least, units - max(1, (used - self.length) * units // used))
             text = self._text(index, units)
-        length = self.measure.plain(text.input + text.prefix) + self.task.new_tokens
-        return ruler_tasks.Row(*text, length, {"units": units})
+        return ruler_tasks.Row(*text, {"units": units})
 
     def _text(self, index, units):
         rng = random.Random(f"{VERSION}/{self.seed}/{self.task.name}/{self.length}/{index}")

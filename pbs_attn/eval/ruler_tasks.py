@@ -56,12 +56,11 @@ class Task:
 @dataclass(frozen=True)
 class Row:
     """One prompt: `input` (the user's turn), `answer_prefix` (the start of the assistant's turn),
-    `outputs` (references), `length` (tokens of both without a chat template, plus new tokens)."""
+    `outputs` (references), `meta` (where it comes from)."""
 
     input: str
     answer_prefix: str
     outputs: tuple
-    length: int
     meta: dict = field(default_factory=dict, compare=False)
 
     def depth(self):

@@ -4,6 +4,7 @@
 Everything read here has a SHA-256 that goes into the run's identity: other words are other prompts.
 """
 
+import functools
 import hashlib
 import json
 import re
@@ -32,10 +33,14 @@ class Words:
         lists = (self.nouns, self.adjectives, self.verbs)
         return hashlib.sha256("\n\n".join("\n".join(words) for words in lists).encode()).hexdigest()
 
-    @property
+    @functools.cached_property
     def every(self):
-        """All distinct words, sorted."""
+        """All distinct words, sorted. Not to be changed."""
         return sorted({*self.nouns, *self.adjectives, *self.verbs})
+
+    @functools.cached_property
+    def pairs(self):
+        return len(set(self.adjectives)) * len(set(self.nouns))
 
     def key(self, rng):
         return f"{rng.choice(self.adjectives)}-{rng.choice(self.nouns)}"
@@ -46,14 +51,31 @@ class Words:
         words = self.every
         if count <= len(words):
             return rng.sample(words, count)
-        known = set(words)
-        while len(words) < count:
-            key = self.key(rng)
-            if key not in known:
-                known.add(key)
-                words.append(key)
+        words = words + self.keys(rng, count - len(words), taken=words)
         rng.shuffle(words)
         return words
+
+    def keys(self, rng, count, taken=()):
+        """`count` different adjective-noun pairs, none of them in `taken`.
+
+        Raises CommandError where that is more than half of all pairs: drawing would not end."""
+        if 2 * count > self.pairs:
+            raise CommandError(
+                f"--words {self.origin}: {self.pairs:,} pairs of its words are too few for "
+                f"{count:,} different ones; a longer list is needed"
+            )
+        return distinct(count, lambda: self.key(rng), taken)
+
+
+def distinct(count, draw, taken=()):
+    """`count` different values of draw(), none of them in `taken`."""
+    found, seen = [], set(taken)
+    while len(found) < count:
+        value = draw()
+        if value not in seen:
+            seen.add(value)
+            found.append(value)
+    return found
 
 
 def read_words(path=None):
