@@ -109,3 +109,13 @@ def test_what_the_kernels_lack_runs_through_torch(text):
             block_q=method.block_q, block_k=method.block_k,
         )  # fmt: skip
         torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("text", KEEP_ALL)
+def test_everything_is_kept_where_masses_vanish(text):
+    """Logits so far apart that most blocks have a mass of 0, and the others sum to 1 early."""
+    inputs = cases.make_inputs(2, (4, 2), 333, 1100, head_dim=16)
+    call = methods.Call(*(x[0] for x in inputs), 100.0)
+    method = methods.get(text)
+    causal = methods.base.causal_blocks(call, method.block_q, method.block_k)
+    assert (method.blocks(call) == causal).all()
