@@ -156,6 +156,15 @@ def test_what_keeps_everything_is_dense(records, method):
     assert found["density"] == found["computed"] == 1
 
 
+def copied(tokens):
+    """[n - 1]: was the trigram that each token ends last seen more than 512 tokens before?"""
+    found = [False] * (len(tokens) - 1)
+    for end in range(2, len(tokens)):
+        before = [i for i in range(2, end) if tokens[i - 2 : i + 1] == tokens[end - 2 : end + 1]]
+        found[end - 1] = bool(before) and end - before[-1] > 512
+    return found
+
+
 def test_sparse_record_hangs_together(records, loaded):
     _, ids = loaded
     full, found = records["full"], records[SPARSE]
@@ -169,12 +178,7 @@ def test_sparse_record_hangs_together(records, loaded):
     assert len(found["block_losses"]) == len(sizes)
     total = sum(n * x for n, x in zip(sizes, found["block_losses"], strict=True))
     assert total / found["tokens"] == pytest.approx(found["loss"])
-    tokens = ids[0].tolist()
-    copied = 0
-    for end in range(2, len(tokens)):
-        before = [i for i in range(2, end) if tokens[i - 2 : i + 1] == tokens[end - 2 : end + 1]]
-        copied += bool(before) and end - before[-1] > 512
-    assert found["copied_tokens"] == copied > 0
+    assert found["copied_tokens"] == sum(copied(ids[0].tolist())) > 0
 
 
 def test_paired_error_comes_from_block_losses(records):
@@ -199,6 +203,9 @@ def test_rest_behind_a_dense_prefix(checkpoint, loaded, tmp_path):
     assert full["tokens"] == LENGTH - 301
     assert full["loss"] == pytest.approx(float(whole[300:].mean()), abs=1e-5)
     assert full["bands"][0][0] == 300
+    chosen = torch.tensor(copied(ids[0].tolist()))[300:]
+    assert full["copied_tokens"] == int(chosen.sum()) > 0
+    assert full["copied_loss"] == pytest.approx(float(whole[300:][chosen].mean()), abs=1e-5)
     assert sparse["kl"] > 0.001
     assert sparse["prefix"] == 300
     # The cache of the prefix is the same for the next method.
