@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from pbs_attn import cli
-from pbs_attn.cli import CommandError
+from pbs_attn.cli import CommandError, models
 from pbs_attn.cli import eval as cli_eval
 from pbs_attn.eval import jobs as eval_jobs
 from pbs_attn.eval import store
@@ -193,7 +193,9 @@ def _together(folder):
 def _script(folder, sizes):
     install()
     torch.set_num_threads(1)
-    # Here, so that every child finds its imports done.
+    # Loaded here, so that every child begins with its rows.
+    loaded = models.load(MODEL), models.load_tokenizer(MODEL)
+    models.load, models.load_tokenizer = lambda *a, **b: loaded[0], lambda *a, **b: loaded[1]
     warm = ["eval", NAME, "--model", MODEL, "--out", str(folder / "warm"), "--limit", "1"]
     assert cli.main(warm) == 0
     found = {

@@ -149,6 +149,8 @@ def add_frame_arguments(parser, bench):
     group.add_argument("--shard", type=_shard, default=(0, 1), metavar="i/n",
                        help="do the i-th of n equal parts, i from 0; ranks of torchrun are "
                             "shards by themselves")  # fmt: skip
+    group.add_argument("--gpus", metavar="0,1,...", help="one process per GPU, a shard each")
+    group.add_argument("--part", action="store_true", help=argparse.SUPPRESS)
     group.add_argument("--retry", choices=("failed",), help="run failed rows again")
     group.add_argument("--allow-missing", action="store_true",
                        help="means over the rows that worked, not 0 for the others")  # fmt: skip
@@ -266,20 +268,25 @@ def dry_run(bench, args, tokens, plan, jobs, methods):
 
 
 def main(args):
-    command = "python -m pbs_attn eval " + shlex.join([args.bench, *args.rest])
+    words = [args.bench, *args.rest]
     bench, parser = bench_parser(args.bench)
     args = parser.parse_args(args.rest)
-    return bench.main(args) if hasattr(bench, "main") else run(bench, args, command)
+    return bench.main(args) if hasattr(bench, "main") else run(bench, args, words)
 
 
-def run(bench, args, command):
-    """A bench with parsed arguments; the exit status."""
+def run(bench, args, words):
+    """A bench with parsed arguments; `words` as typed after `eval`. The exit status."""
+    from ..eval import gpus
     from ..eval.launch import Launch, interruptible
     from ..eval.ranks import Ranks
     from ..eval.session import Tokens, seed_all
 
     ranks = Ranks(args.tp)
     methods = chosen_methods(args)
+    if args.gpus:
+        if args.tp:
+            raise CommandError("--gpus shares rows, --tp splits a model; allowed: one of them")
+        args.gpus, args.device = gpus.parse(args.gpus), "cuda"
     args.device = _device(args)
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -303,5 +310,6 @@ def run(bench, args, command):
         if args.dry_run:
             return dry_run(bench, args, tokens, plan, jobs, methods)
         launch = Launch(bench, args, methods, tokens, plan, jobs,
-                        path=path, config=config, ranks=ranks, command=command)  # fmt: skip
-        return launch.go()
+                        path=path, config=config, ranks=ranks,
+                        command="python -m pbs_attn eval " + shlex.join(words))  # fmt: skip
+        return launch.spread(["eval", *gpus.without(words)]) if args.gpus else launch.go()

@@ -10,7 +10,7 @@ from collections import Counter
 import torch
 
 from ..cli import CommandError, models
-from . import about, parallel
+from . import about, gpus, parallel
 from .progress import Progress
 from .runner import Runner, deal, to_do
 from .session import Session
@@ -139,6 +139,24 @@ class Launch:
         self.ranks.meet()  # a rank that leaves with 3 may cut off what another still prints
         return status
 
+    def spread(self, words):
+        """Let one process per GPU of --gpus run the command line `words`; the exit status."""
+        world = len(self.args.gpus)
+        try:
+            statuses = gpus.spread([*words, "--part"], self.args.gpus)
+        except KeyboardInterrupt:
+            self._say_how_to_resume()
+            return STOPPED
+        broken = [status for status in statuses if status not in (COMPLETE, INCOMPLETE)]
+        if broken:
+            self.say(f"\n{len(broken)} of {world} processes ended with {broken[0]}; what is done "
+                     f"is kept in {self.folder}, the same command goes on")  # fmt: skip
+            return 2 if 2 in broken else INCOMPLETE
+        i, n = self.args.shard
+        parts = deal(self.jobs, n * world)[i * world : (i + 1) * world]
+        self.mine = [job for part in parts for job in part]
+        return self._finish()
+
     def _open(self):
         run = self.run()
         found = self.store.open(run)
@@ -220,6 +238,8 @@ class Launch:
     # ---- the end ---------------------------------------------------------------------------------
 
     def _say_how_to_resume(self):
+        if self.args.part:
+            return
         found = final(read_records(self.folder))
         keys = {job.key(label) for job in self.jobs for label in self.labels}
         done = len(keys & {*found})
@@ -234,6 +254,10 @@ class Launch:
         failed = [record for record in present if record["status"] != "ok"]
         missing = len(everything) - len(present)
         allowed = self.args.allow_missing
+        good = all(key in found and found[key]["status"] == "ok" for key in own)
+        status = COMPLETE if good else INCOMPLETE
+        if self.args.part:  # who started the parts says the rest
+            return status
         if not missing or allowed:
             shown = [r for r in present if r["status"] == "ok"] if allowed else present
             if allowed and (failed or missing):
@@ -241,8 +265,7 @@ class Launch:
             self.say("\n" + self.bench.summary(shown, self.labels))
         if failed or missing:
             self._say_incomplete(failed, missing, len(everything))
-        good = all(key in found and found[key]["status"] == "ok" for key in own)
-        return COMPLETE if good else INCOMPLETE
+        return status
 
     def _say_incomplete(self, failed, missing, total):
         parts = []
