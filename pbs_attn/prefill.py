@@ -98,8 +98,9 @@ def _check_wishes(method, return_lse, return_plan):
         )
 
 
+@torch.compiler.disable(reason="block and token methods read lengths and choices on the host")
 def _by_method(q, k, v, method, geometry, softmax_scale, layer, out, return_lse):
-    """The sparse route of a block or token method."""
+    """The sparse route of a block or token method; torch.compile breaks its graph around it."""
     with stats.timed("pbs", q.device):
         result, lse, (computed, causal) = methods.run(
             method, q, k, v, geometry, softmax_scale, layer, return_lse

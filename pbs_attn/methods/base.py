@@ -324,15 +324,13 @@ def run_call(method, call, return_lse=False):
     return out[0], lse[0] if return_lse else None, pairs
 
 
-@torch.compiler.disable(reason="block and token methods read lengths and choices on the host")
 def run(method, q, k, v, geometry=_WHOLE, scale=None, layer=None, return_lse=False):
     """A whole attention call by a block or token method, sequence by sequence.
 
     q (B, Hq, Nq, D), k and v (B, Hk, Nk, D); geometry as for the kernels, its lengths are read on
-    the host, so that torch.compile breaks its graph here; scale of the logits, default D ** -0.5.
-    Returns (out (B, Hq, Nq, Dv) over (B, Nq, Hq, Dv) memory, lse fp32 (B, Hq, Nq) or None,
-    (float64 [Hq] computed causal pairs, causal pairs) summed over the sequences). Rows outside the
-    sequences are 0, their lse -inf.
+    the host; scale of the logits, default D ** -0.5. Returns (out (B, Hq, Nq, Dv) over
+    (B, Nq, Hq, Dv) memory, lse fp32 (B, Hq, Nq) or None, (float64 [Hq] computed causal pairs,
+    causal pairs) summed over the sequences). Rows outside the sequences are 0, their lse -inf.
     """
     batch, num_heads, seqlen_q, head_dim = q.shape
     scale = scale or head_dim**-0.5
