@@ -228,3 +228,8 @@ def test_padded_batch_is_each_sequence_alone(tmp_path):
         alone, *_ = run(method, q[b, :, rows], k[b, :, rows], v[b, :, rows])
         torch.testing.assert_close(out[b, :, rows], alone, rtol=1e-6, atol=1e-6)
         assert not out[b, :, :start].any()
+
+
+def test_every_tensor_names_its_device(tmp_path):
+    method = methods.get(thresholds_file(tmp_path, [limits_of(4, 3)]))
+    tm.assert_devices_are_named(method, tm.call(*tm.inputs(300, 400, (4, 2)), 0))

@@ -198,3 +198,8 @@ def test_padded_batch_is_each_sequence_alone():
         alone, _ = method.attention(tm.call(q[b, :, rows], k[b, :, rows], v[b, :, rows]))
         assert torch.equal(out[b, :, rows], alone)
         assert not out[b, :, :start].any() and not out[b, :, start + length :].any()
+
+
+def test_every_tensor_names_its_device():
+    method = methods.get("minference:vertical=35,slash=105")
+    tm.assert_devices_are_named(method, tm.call(*tm.inputs(300, 400, (4, 2))))

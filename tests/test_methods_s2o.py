@@ -195,3 +195,8 @@ def test_errors_name_the_parameter(text, says):
     with pytest.raises(ValueError) as error:
         methods.get(f"s2o:{text}")
     assert says in str(error.value)
+
+
+def test_every_tensor_names_its_device():
+    method = methods.get(f"s2o:{SMALL},tau=0.1")
+    tm.assert_devices_are_named(method, tm.call(*tm.inputs(300, 400, (4, 2))))

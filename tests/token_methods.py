@@ -67,3 +67,19 @@ def assert_pairs(actual, mask, num_q, num_k, what):
     expected = computed_pairs(mask, num_q, num_k)
     assert actual.dtype == torch.float64, f"{what}: {actual.dtype}"
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=0, msg=lambda m: f"{what}: {m}")
+
+
+def assert_devices_are_named(method, given):
+    """No tensor is made on the default device: on a GPU it would be the wrong one."""
+
+    def run():
+        if method.kind == "token":
+            return method.attention(given)
+        blocks = method.blocks(given)
+        return blocks, method.pairs(given, blocks)
+
+    expected = run()
+    with torch.device("meta"):
+        actual = run()
+    for a, b in zip(actual, expected, strict=True):
+        assert torch.equal(a, b)

@@ -92,8 +92,7 @@ def budget_thresholds(call, budgets):
             if k >= peaks.shape[2]:
                 found[k].append(torch.full_like(peaks[..., 0], -math.inf))
                 continue
-            half_way = (peaks[..., k - 1] + peaks[..., k]) / 2
-            found[k].append(half_way.masked_fill(count <= k, -math.inf))
+            found[k].append((peaks[..., k - 1] + peaks[..., k]) / 2)  # -inf if there is no next
     return {k: torch.cat(parts, 1) for k, parts in found.items()}
 
 
@@ -182,13 +181,12 @@ def score_mass(call, stride):
 
 
 def reference_mass(call, stride):
-    """The same without our kernels, for what they do not take."""
+    """The same without our kernels, on the CPU, for what they do not take."""
     from .. import reference
 
     options = {"permute": "none", "method": "antidiagonal", "stride": stride}
-    return reference.select(
-        call.q, call.k, softmax_scale=call.scale, block_size=base.PAIR, **options
-    ).mass
+    options |= {"softmax_scale": call.scale, "block_size": base.PAIR}
+    return reference.select(call.q.cpu(), call.k.cpu(), **options).mass.to(call.q.device)
 
 
 def covering_share(exact, score, cover):
@@ -351,5 +349,7 @@ def _run(args, model, collector, length, pieces, progress):
         print(f"stopped after {len(done)} of {len(pieces)} texts", file=sys.stderr)
     if done:
         write_json(args.out, _document(args, collector, length, done, num_layers), indent=None)
-        print(f"{args.out}: thresholds of {len(done)} texts\n{collector.summary(args.out)}")
+        plural = "s" * (len(done) > 1)
+        print(f"{args.out}: thresholds of {len(done)} text{plural}")
+        print(collector.summary(args.out))
     return status
