@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from dataclasses import FrozenInstanceError, fields
+from pathlib import Path
 
 import pytest
 
@@ -233,3 +234,33 @@ def test_thresholds_that_do_not_fit_the_call(tmp_path):
                                (0, 3, "2 heads in layer 0; needed: 3")):  # fmt: skip
         with pytest.raises(ValueError, match=said):
             method.tau_heads(layer, heads, "cpu")
+
+
+# ---- docs/methods.md -----------------------------------------------------------------------------
+
+
+def parameters(cls):
+    """Parameters with their defaults, as the page has them; routing is every method's."""
+    values = {k: v for k, v in cls.parameters().items() if k not in base.ROUTING}
+    if cls.kind != "kernel":
+        return ", ".join(f"{name}={value}" for name, value in values.items()) or "none"
+    own = [f"{k}={v}" for k, v in values.items() if v != getattr(kernels.KernelMethod, k)]
+    return ", ".join(["[config](#kernel-methods)", *own])
+
+
+def rows():
+    """{text: the row of the page's table}."""
+    found = {}
+    everything = [methods.find(name) for name in methods.METHODS]
+    for cls in [*everything, *(methods.find(*each) for each in methods.RECIPES)]:
+        text = f"{cls.NAME}:recipe={cls.RECIPE}" if cls.RECIPE else cls.NAME
+        keep = f"`{cls.KEEP_ALL}`" if cls.KEEP_ALL else "is"
+        cells = (f"`{text}`", cls.kind, cls.ABOUT, parameters(cls), keep, cls.DENSITY, cls.SOURCE)
+        found[text] = "| " + " | ".join(cells) + " |"
+    return found
+
+
+@pytest.mark.parametrize("text", rows())
+def test_the_page_has_every_method(text):
+    page = Path(__file__).parents[1] / "docs" / "methods.md"
+    assert rows()[text] in page.read_text(encoding="utf-8").splitlines(), rows()[text]

@@ -140,14 +140,14 @@ def _read_table(path, _changed):
 class Pbs(KernelMethod):
     NAME: ClassVar[str] = "pbs"
     ABOUT: ClassVar[str] = "permuted keys, mean-pooled selection (the paper)"
-    SOURCE: ClassVar[str] = "arXiv 2510.21270 algorithms 1 and 2; docs/algorithm.md"
+    SOURCE: ClassVar[str] = "PBS-Attn, arXiv 2510.21270, algorithms 1 and 2; docs/algorithm.md"
 
 
 @dataclass(frozen=True, kw_only=True)
 class PbsPlus(KernelMethod):
     NAME: ClassVar[str] = "pbs+"
     ABOUT: ClassVar[str] = "permuted keys, antidiagonal selection"
-    SOURCE: ClassVar[str] = "arXiv 2510.21270 table 3 (PBS-Attn+); docs/algorithm.md"
+    SOURCE: ClassVar[str] = "PBS-Attn+, arXiv 2510.21270, table 3; docs/algorithm.md"
     OWN: ClassVar[tuple] = ("select",)
     select: str = "antidiagonal"
 
@@ -165,7 +165,7 @@ class Identity(KernelMethod):
 class MeanPool(KernelMethod):
     NAME: ClassVar[str] = "meanpool"
     ABOUT: ClassVar[str] = "mean-pooled selection in natural order"
-    SOURCE: ClassVar[str] = "arXiv 2510.21270 section 4 (MeanPooling); docs/algorithm.md"
+    SOURCE: ClassVar[str] = "MeanPooling, the baseline of arXiv 2510.21270; docs/algorithm.md"
     OWN: ClassVar[tuple] = ("permute", "select")
     permute: str = "none"
 
@@ -174,7 +174,7 @@ class MeanPool(KernelMethod):
 class XAttention(KernelMethod):
     NAME: ClassVar[str] = "xattention"
     ABOUT: ClassVar[str] = "antidiagonal selection in natural order"
-    SOURCE: ClassVar[str] = "arXiv 2503.16428 section 2; docs/algorithm.md"
+    SOURCE: ClassVar[str] = "XAttention, arXiv 2503.16428; docs/algorithm.md"
     OWN: ClassVar[tuple] = ("permute", "select")
     permute: str = "none"
     select: str = "antidiagonal"
