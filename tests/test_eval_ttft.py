@@ -133,6 +133,17 @@ def test_chunked_mlps_change_nothing(session, rows):
     assert not any("forward" in layer.mlp.__dict__ for layer in model.model.layers)
 
 
+def test_a_forward_that_a_hook_had_set_is_set_again(session):
+    module = session.model.model.layers[0].mlp
+    module.forward = own = module.forward  # as accelerate does
+    try:
+        with timing.mlp_chunks(session.model, 64):
+            assert module.__dict__["forward"] is not own
+        assert module.__dict__["forward"] is own
+    finally:
+        del module.forward
+
+
 def test_chunks_are_no_longer_than_asked(session):
     seen = []
     with contextlib.ExitStack() as stack:
