@@ -217,6 +217,20 @@ def test_keeping_everything_is_full(name, block):
     check_dense(pbs_attention(*inputs, config="full"), None, inputs)
 
 
+def test_every_method_can_keep_everything():
+    """At the setting that it names itself; only bsfa needs a file for it and has its own test."""
+    inputs = cases.make_inputs(39, (4, 2), 400)
+    for name in methods.METHODS:
+        cls = methods.find(name)
+        if not cls.KEEP_ALL or "FILE" in cls.KEEP_ALL:
+            assert name in ("sdpa", "full", "bsfa")
+            continue
+        with recording() as calls:
+            out = pbs_attention(*inputs, config=f"{name}:{cls.KEEP_ALL}" + ALL_LENGTHS)
+        check_dense(out, None, inputs)
+        assert calls.calls["pbs"] == 1 and calls.density == 1.0, name
+
+
 @pytest.mark.parametrize(
     "text", ("pbs", "pbs:segment=512", "xattention:stride=16", "pbs:gqa=group")
 )
