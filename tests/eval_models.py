@@ -19,9 +19,12 @@ def smollm2_tokenizer():
     folder = models.cache_dir()
     found = sorted(folder.glob("smollm2-135m-instruct-*/tokenizer.json"))
     if found:
-        from transformers import AutoTokenizer
+        from transformers import (
+            PreTrainedTokenizerFast,
+        )  # 4.57 does not know the class that 5 saved
 
-        return AutoTokenizer.from_pretrained(found[-1].parent)
+        with models.quiet():
+            return PreTrainedTokenizerFast.from_pretrained(found[-1].parent)
     return models.load(models.SMOLLM2)[1]
 
 

@@ -52,6 +52,7 @@ def plain(model, ids, count):
 # ---- generation ------------------------------------------------------------------------------
 
 
+@pytest.mark.tf457
 @pytest.mark.parametrize("length", [1, 127, 128, 129, 257, 700])
 def test_full_equals_the_unpatched_model_token_for_token(session, loaded, ids, length):
     prompt = torch.tensor([ids[:length]])
@@ -133,6 +134,7 @@ def test_without_an_end_token_of_the_config_the_tokenizers_counts(session, ends)
     assert session.eos() == [7, 2]
 
 
+@pytest.mark.tf457
 def test_the_checkpoints_sampling_settings_do_not_matter(session, ids):
     config = session.model.generation_config
     want = session.generate(ids, method("full"), max_new_tokens=NEW).tokens

@@ -180,14 +180,14 @@ def test_another_run_in_the_folder_is_refused_by_field(opened, changes, words):
 def test_methods_tasks_and_rows_may_grow(opened):
     opened()
     data = {"identity": run_of()["identity"] | {"data": {"b": "33"}}}
-    opened(methods={"full": {"method": "full"}}, runs=[{"command": "second"}],
+    second = opened(methods={"full": {"method": "full"}}, runs=[{"command": "second"}],
            expected={"full": {"a": {"0": 9}}, "pbs": {"a": {"0": 2}, "b": {"4096": 1}}},
            **data)  # fmt: skip
-    run, _ = store.read(opened().folder)
+    run, _ = store.read(second.folder)
     assert run["identity"]["data"] == {"a": "11", "b": "33"}
     assert set(run["methods"]) == {"pbs", "full"}
     assert run["expected"] == {"pbs": {"a": {"0": 5}, "b": {"4096": 1}}, "full": {"a": {"0": 9}}}
-    assert [each["command"] for each in run["runs"]] == ["first", "second", "first"]
+    assert [each["command"] for each in run["runs"]] == ["first", "second"]
     assert run["identity_sha256"] == store.digest(run["identity"])
 
 

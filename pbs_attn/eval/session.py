@@ -189,12 +189,11 @@ class Session:
         if cuda:
             torch.cuda.reset_peak_memory_stats(self.device)
             torch.cuda.synchronize(self.device)
-        with self.using(method) as calls, torch.inference_mode():
+        with self._configured(settings), self.using(method) as calls, torch.inference_mode():
             start = time.perf_counter()
             output = self.model.generate(
-                prompt, attention_mask=torch.ones_like(prompt), generation_config=settings,
-                streamer=clock,
-            )  # fmt: skip
+                prompt, attention_mask=torch.ones_like(prompt), streamer=clock
+            )
             tokens = output[0, prompt.shape[1] :].tolist()
             end = time.perf_counter()
         return Generated(
@@ -239,6 +238,17 @@ class Session:
         if found is None:
             return []
         return list(found) if isinstance(found, (list, tuple)) else [int(found)]
+
+    @contextlib.contextmanager
+    def _configured(self, settings):
+        """The model with this generation config. Given to `generate` instead, transformers 4.57
+        takes do_sample=False for a default and samples if the checkpoint's own config does."""
+        own = self.model.generation_config
+        self.model.generation_config = settings
+        try:
+            yield
+        finally:
+            self.model.generation_config = own
 
     def _settings(self, eos, max_new_tokens, min_new_tokens, temperature):
         """The model's generation config, made greedy; what else it asks for stays (recorded).
