@@ -121,19 +121,24 @@ def oracle(head, size, tau, mass, rule="prefix"):
     return grid.mask(chosen)
 
 
-def flashprefill(group, size, alpha, sink, window, last):
-    """group: heads that share a key head and a selection."""
+def energies(group, size, m):
+    """{n: E} of query block m, over exp(0); group: heads that share a key head and a selection."""
     grid, k, scale = Grid(group[0], size), group[0].k, group[0].scale
-    means = [part(k, keys).mean(0) for keys in grid.keys]
+    energy = {}
+    for n, keys in enumerate(grid.keys):
+        if keys[0] + size - 1 <= grid.last(m):  # wholly before or at the last row
+            rows = [i for i in grid.rows[m] if grid.offset + i >= keys[0]]
+            mean = part(k, keys).mean(0)
+            energy[n] = sum(float((scale * (x.q[rows] @ mean)).exp().sum()) for x in group)
+    return energy
+
+
+def flashprefill(group, size, alpha, sink, window, last):
+    grid = Grid(group[0], size)
     dense_from = grid.num_q - -(-last // size)
     chosen = {}
     for m in range(grid.num_q):
-        energy = {}
-        for n in range(grid.num_k):
-            if grid.keys[n][0] + size - 1 > grid.last(m):  # not wholly before the last row
-                continue
-            rows = [i for i in grid.rows[m] if grid.offset + i >= grid.keys[n][0]]
-            energy[n] = sum(float((scale * (x.q[rows] @ means[n])).exp().sum()) for x in group)
+        energy = energies(group, size, m)
         bar = alpha * max(energy.values(), default=0.0)
         kept = {n for n, e in energy.items() if e >= bar}
         own = grid.own(m) or {0}

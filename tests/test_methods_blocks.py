@@ -9,7 +9,6 @@ from numerics import assert_same_blocks
 
 from pbs_attn import methods
 from pbs_attn.methods import blockmath
-from pbs_attn.methods.oracle import true_mass
 
 # (Nq, Nk): around block edges, an odd length, chunks at aligned and other offsets, one row, rows
 # in front of the first key; with them in turn 1, 3 and 4 query heads per key head.
@@ -91,20 +90,6 @@ def test_oracle(shape):
             ]
             text = f"oracle:tau={tau},reduce={reduce},rule={rule},block={size}"
             assert_blocks(text, call, exact)
-
-
-@pytest.mark.parametrize("reduce", ["mean", "max"])
-@pytest.mark.parametrize("shape", [ODD, CHUNK, EMPTY_ROWS])
-def test_true_mass(shape, reduce):
-    """The shares themselves; averages over rows that see a key sum to 1."""
-    call = call_of(shape, (3, 1), seed=1)
-    mass = true_mass(call, 64, reduce)
-    for h, head in enumerate(heads_of(call)):
-        for (m, n), share in brute.oracle_mass(head, 64, reduce).items():
-            assert mass[h, m, n].item() == pytest.approx(share, rel=1e-9, abs=1e-15)
-    if reduce == "mean":
-        live = torch.arange(mass.shape[1]) * 64 + 63 + call.q_offset >= 0
-        torch.testing.assert_close(mass.sum(-1)[:, live], torch.ones_like(mass.sum(-1)[:, live]))
 
 
 @pytest.mark.parametrize("tau", [0.3, 0.9, 0.999])

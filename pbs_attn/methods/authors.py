@@ -120,9 +120,8 @@ def antidiagonal_mass(call, block_size, stride):
     mass = keys.new_zeros(call.q.size(0), num_q, num_k)
     for begin, end in strips(call, block_size, -(-keys.size(1) // stride), whole_blocks=True):
         rows = _groups(widen(call.q[:, begin:end]), stride, reverse=True)
-        last_row = torch.arange(rows.size(1), device=keys.device) * stride + begin + stride - 1
-        last_row = last_row.clamp(max=call.q.size(1) - 1) + call.q_offset
-        hidden = first_key > last_row[:, None]
+        first_row = torch.arange(rows.size(1), device=keys.device) * stride + begin
+        hidden = first_key > (first_row + stride - 1 + call.q_offset)[:, None]
         z = logits(rows, keys, call.scale / stride).masked_fill_(hidden, -math.inf)
         p = z.softmax(-1).masked_fill_(hidden, 0.0)
         p = torch.nn.functional.pad(p, (0, -p.size(2) % per_block, 0, -p.size(1) % per_block))
