@@ -110,16 +110,19 @@ def test_missing_tasks_and_failed_rows_are_said():
     def record(task, length, score, status="ok"):
         meta = {"label": "ruler-generated"}
         return {"task": task, "length": length, "method": "pbs", "score": score,
-                "status": status, "meta": meta}  # fmt: skip
+                "status": status, "meta": meta, "density": 0.25}  # fmt: skip
 
     records = [record("vt", 4096, 1.0), record("vt", 4096, 0.5, "oom"), record("cwe", 4096, 0.25)]
     text = ruler.summary(records, ["pbs"])
-    assert re.search(r"vt +pbs +50\.0", text)  # the failed row counts 0, whatever else it holds
+    assert re.search(
+        r"vt +pbs +50\.0 +25\.0%", text
+    )  # the failed row counts 0, whatever else it holds
     assert re.search(r"mean of 2 of 13 +pbs +37\.5", text)
     assert "INCOMPLETE: pbs has 2 of 3 rows (oom)" in text
     assert "no RULER average: without niah_single_1, " in text
     text = ruler.summary([*records, record("vt", 8192, 1.0)], ["pbs"])
     assert "no mean over lengths, without cwe at 8192" in text
+    assert re.search(r"mean of 2 of 13 +pbs +37\.5 +- ", text)
 
 
 # ---- files ---------------------------------------------------------------------------------------

@@ -9,9 +9,18 @@ tokens and scores are RULER's; the random draws are not, so a generated row is n
 import hashlib
 
 from ..cli import CommandError
-from . import metrics, ruler_files, ruler_generate, ruler_scores, ruler_tasks, ruler_text, texts
+from . import (
+    metrics,
+    ruler_files,
+    ruler_generate,
+    ruler_scores,
+    ruler_tasks,
+    ruler_text,
+    texts,
+)
 from .jobs import BadRow, Job, Plan, prompt_cost
 from .longbench import generated
+from .tables import average, number
 
 NAME = "ruler"
 HELP = "RULER: needles, chains, counts and questions at 4K to 128K; official files or generated"
@@ -255,15 +264,20 @@ def summary(records, labels):
     names = [n for n in ruler_tasks.tasks() if any(n == record["task"] for record in records)]
     body = [
         [task, label, *(_cell(scores[label].get(n, {}).get(task)) for n in lengths)]
+        + [_density(r for r in records if (r["task"], r["method"]) == (task, label))]
         for task in names
         for label in labels
     ]
     for label in labels:
-        means = ruler_scores.by_length(scores[label])
+        # A length that lacks a task has no mean: it would be over other tasks than its neighbours'.
+        whole = {n: cell for n, cell in scores[label].items() if len(cell) == len(names)}
+        means = ruler_scores.by_length(whole)
         body.append([f"mean of {len(names)} of 13", label, *(_cell(means.get(n)) for n in lengths)])
-    heads = ["task", "method", *(f"{length:,}" for length in lengths)]
+        body[-1].append(_density(r for r in records if r["method"] == label))
+    heads = ["task", "method", *(f"{length:,}" for length in lengths), "density"]
     parts = [_title(records), tabulate(body, headers=heads, disable_numparse=True)]
-    parts += [_means(label, scores[label], lengths, names) for label in labels if scores[label]]
+    if len(lengths) > 1:
+        parts += [_means(label, scores[label], lengths, names) for label in labels if scores[label]]
     missing = [name for name in ruler_tasks.tasks() if name not in names]
     if missing:
         parts.append(f"no RULER average: without {', '.join(missing)}")
@@ -272,6 +286,11 @@ def summary(records, labels):
 
 def _cell(value):
     return "-" if value is None else f"{value:.1f}"
+
+
+def _density(records):
+    """Mean share of causal blocks that was kept, over the rows that worked."""
+    return number(average(list(records), "density"), ".1%")
 
 
 def _title(records):
