@@ -499,7 +499,9 @@ def test_every_table_says_harness_model_rows_and_density(bench, tmp_path):
     assert len(part.tables) > 1
     for found in part.tables:
         head = found.notes[0]
-        assert "pbs_attn eval, recipe official · Llama-3.1-8B-Instruct" in head, found.slug
+        assert "pbs_attn eval, recipe official · Llama-3.1-8B-Instruct bfloat16 · " in head, (
+            found.slug
+        )
         assert "rows" in head and "density full 1.000, pbs 0." in head, found.slug
 
 
@@ -509,4 +511,6 @@ def test_cells_cannot_break_a_table():
     line = found.markdown().splitlines()[-1]
     assert line.count("|") - line.count("\\|") == 3 and line.endswith("- |")
     assert found.csv().splitlines()[1:] == ['"x|y', 'z",']
+    assert shown(-0.0004, ".3f") == "0.000" and shown(-0.0004, "+.2f") == "+0.00"
+    assert shown(-0.004, ".1%") == "-0.4%" and shown(-0.0004, ".0%") == "0%"
     assert shown(None) == "-" and shown(0.5, ".0%") == "50%" and shown(True) == "True"

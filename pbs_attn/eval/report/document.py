@@ -7,7 +7,8 @@ from pathlib import Path
 
 from ...cli import CommandError
 from . import load, paper, plots, tables, task_tables, titles
-from .view import SCORED, View
+from .titles import SCORED
+from .view import View
 
 INTRO = """\
 Failed and missing rows are said and, where rows have scores, count as 0. Densities are
@@ -87,7 +88,8 @@ def draw(found, folder):
 def equality(part):
     """[(title, label, identical, first token the same)] of one part, for the picture."""
     view, section = part.view, part.view.section
-    title = f"{titles.name(section)}, {load.model_name(section.info)}"
+    scored = " rows" if section.bench in SCORED else ""
+    title = f"{titles.name(section)}{scored}, {load.model_name(section.info)}"
     if section.bench == "agreement":
         table = next(table for table in part.tables if table.slug == "agreement")
         rows = [row for row in table.rows if row[3] is not None]
@@ -150,10 +152,17 @@ def machine(info):
     for name in ("machine", "versions", "git_commit"):
         value = info.get(name)
         if isinstance(value, dict):
-            value = ", ".join(f"{key} {each}" for key, each in value.items() if each)
+            value = ", ".join(f"{key} {_flat(each)}" for key, each in value.items() if each)
         if value:
             found.append(f"{name.replace('_', ' ').capitalize()}: {value}")
     return found
+
+
+def _flat(value):
+    """Each value of a dictionary once: {"float32": "avx2", "bfloat16": "avx2"} is avx2."""
+    if isinstance(value, dict):
+        return "/".join(dict.fromkeys(str(each) for each in value.values()))
+    return value
 
 
 def write(found, folder):

@@ -10,7 +10,7 @@ import json
 from importlib import resources
 
 from ...cli import CommandError
-from . import load
+from . import load, titles
 from .table import Column
 
 SCOPES = {
@@ -69,6 +69,7 @@ def add_columns(view, table):
         if view.paper:
             table.notes.append("The paper has no row of these methods.")
         return table
+    lengths = [str(length) for length in view.section.lengths()]
     for source, rows in theirs:
         block = f"{source['harness']}, {source['model']}"
         table.columns.append(Column(f"paper: {block}"))
@@ -78,13 +79,18 @@ def add_columns(view, table):
         for method in ["mean s"] if timed else rows:
             table.columns.append(Column(f"paper {method}", ".3f" if timed else ".2f"))
             for row in table.rows:
-                row.append(_time(source, rows, row) if timed else _score(source, rows[method], row))
+                row.append(
+                    _time(source, rows, row) if timed
+                    else _score(source, rows[method], row, lengths)
+                )  # fmt: skip
         table.notes.append(note(view, source))
     return table
 
 
-def _score(source, values, row):
+def _score(source, values, row, lengths):
     column = SCOPES.get(row[0], row[0])
+    if row[0] == "Avg" and lengths != source["columns"][:-1]:
+        return None  # a mean over other lengths
     return values[source["columns"].index(column)] if column in source["columns"] else None
 
 
@@ -103,6 +109,7 @@ def note(view, source):
     apart = []
     if not fits(source, ours):
         apart.append(f"another model (ours {ours}, the paper's {source['model']})")
+    apart += [f"ours: {'; '.join(short)}" for short in [titles.shortcomings(view.section)] if short]
     recipe = view.section.identity.get("recipe")
     if recipe == "opencompass":
         apart.append("our own rebuilding of OpenCompass's recipe, not OpenCompass")
@@ -112,9 +119,10 @@ def note(view, source):
     if changed:
         apart.append(f"parameters of our own in {', '.join(changed)}")
     settings = {label.partition(":")[0] for label in view.labels} & paper["settings"].keys()
+    unit = source["unit"].replace("milliseconds", "seconds (the paper: milliseconds)")
     used = "; ".join(f"{name}: {paper['settings'][name]}" for name in sorted(settings))
     return (
         f"Columns from `paper: ...` on: {paper['title']}, arXiv {paper['arxiv']}, "
-        f"{source['where']} ({source['source']}); {source['unit']}; {source['note']}. "
+        f"{source['where']} ({source['source']}); {unit}; {source['note']}. "
         f"Not comparable with the other columns: {'; '.join(apart)}. The paper's settings: {used}."
     )

@@ -9,7 +9,7 @@ import contextlib
 
 import numpy as np
 
-from . import stats, task_tables, token_tables
+from . import load, stats, task_tables, titles, token_tables
 
 COLOURS = {
     "full": "#000000", "pbs": "#0072B2", "pbs+": "#56B4E9", "identity": "#CC79A7",
@@ -174,8 +174,11 @@ def score_density(view, scope, strata, path):
             score = task_tables.weighted(view, view.base, strata)
             axes.axhline(score, color="#777777", lw=1, ls="--", zorder=1)
         axes.set(xlabel="density: share of causal blocks computed", ylabel="score, 0 to 100")
-        axes.set_title(f"{scope}, {len(keys)} rows")
+        axes.set_title(f"{titles.short(view.section)}: {scope}, {len(keys)} rows")
         _density_axis(axes, points)
+        low, high = axes.get_ylim()
+        if high - low < 2:  # all but equal: a point up and down, not the noise of rounding
+            axes.set_ylim(max(-0.3, (low + high) / 2 - 1), (low + high) / 2 + 1)
         name_points(axes, points, bars, labels)
     text = "bars: 95% interval of the paired difference" if view.base else "bars: 95% interval"
     return f"Score against density ({scope}); {text}"
@@ -219,7 +222,7 @@ def loss_density(view, path):
         for panel, (length, points, bars) in zip(axes.flat, panels, strict=False):
             _scatter(panel, points, bars, view.labels)
             panel.axhline(0, color="#777777", lw=1, ls="--", zorder=1)
-            panel.set_title(f"{tokens(length)} tokens")
+            panel.set_title(f"{load.model_name(view.section.info)}, {tokens(length)} tokens")
             panel.set_xlabel("density")
             _density_axis(panel, points)
         for panel in axes[:, 0]:
@@ -259,6 +262,7 @@ def time_length(view, path):
                 ls="-" if fill == colour else "--",
             )  # fmt: skip
         _time_axes(axes, view.section.lengths())
+        axes.set_title(titles.short(view.section))
         ends = [(label, found[-1][0], float(np.median(found[-1][1]))) for label, found in
                 lines.items()]  # fmt: skip
         _name_ends(axes, ends, view.labels)

@@ -4,10 +4,12 @@
 import csv
 import io
 import math
+import re
 from dataclasses import dataclass, field
 
 from .stats import Comparison, Delta, Interval
 
+ZERO = re.compile(r"-0(\.0*)?%?")
 NOTHING = "-"  # in Markdown; in CSV an absent value is an empty field
 
 
@@ -91,11 +93,15 @@ def shown(value, spec=""):
         return shown(value.change, spec) + " \\*" * value.starred
     if isinstance(value, Interval):
         if value.low is None:
-            return f"{value.value:{spec}} (no interval)"
-        return f"{value.value:{spec}} [{value.low:{spec}}, {value.high:{spec}}]"
+            return f"{shown(value.value, spec)} (no interval)"
+        ends = shown(value.low, spec), shown(value.high, spec)
+        return f"{shown(value.value, spec)} [{ends[0]}, {ends[1]}]"
     if isinstance(value, Delta):
         error = "(no error)" if value.se is None else f"± {value.se:{spec.lstrip('+')}}"
-        return f"{value.value:{spec}} {error}"
+        return f"{shown(value.value, spec)} {error}"
     if isinstance(value, str) or not spec:
         return str(value).replace("|", "\\|").replace("\n", " ")
-    return f"{value:{spec}}"
+    text = f"{value:{spec}}"
+    if ZERO.fullmatch(text):  # -0.0004 at three digits is no negative number
+        return ("+" if "+" in spec else "") + text[1:]
+    return text

@@ -84,7 +84,7 @@ def longbench(view):
     if buckets:
         found.append(by_scope(view, "buckets", "LongBench-E: by the length of the row", buckets))
     scopes = {**by_task, **categories, **means, **whole, **buckets}
-    return scopes | {f"prompt of {name}": strata for name, strata in bands.items()}, found
+    return scopes | {f"prompts {name}": strata for name, strata in bands.items()}, found
 
 
 def _task_table(view, by_task):
@@ -184,7 +184,7 @@ def longbench2(view):
                       "points. Compensated: a reply without an answer counts 0.25."])  # fmt: skip
     table.rows.append(["compensated", len(view.section.keys),
                        *(_compensated(view, label) for label in view.labels)])  # fmt: skip
-    scopes |= {f"prompt of {name}": strata for name, strata in bands.items()}
+    scopes |= {f"prompts {name}": strata for name, strata in bands.items()}
     return scopes, [view.beside(table), band_table(view, bands)]
 
 

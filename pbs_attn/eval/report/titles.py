@@ -9,6 +9,7 @@ everything else is a smoke run and says what it is short of.
 from .. import recipes, ruler_tasks
 from .load import meta, model_name, parameters
 
+SCORED = ("longbench", "longbench2", "ruler")  # the benches with a score per row
 SMALL = 1_000_000_000  # parameters; below, task scores are near zero and say nothing of a method
 NAMES = {
     "longbench": "LongBench",
@@ -77,10 +78,18 @@ def shortcomings(section):
     return found
 
 
+def short(section):
+    """What a picture is headed with, which may be shown without its report."""
+    model = model_name(section.info)
+    if section.bench in SCORED and shortcomings(section):
+        return f"smoke run on {name(section)} rows, {model}"
+    return f"{name(section)}, {model}"
+
+
 def heading(section):
     """The heading of a section: "RULER: Llama-3.1-8B", or a smoke run with its reasons."""
     bench, model = name(section), model_name(section.info)
-    if section.bench not in ("longbench", "longbench2", "ruler"):
+    if section.bench not in SCORED:
         return f"{bench}: {model}" + ("" if section.complete() else " (INCOMPLETE)")
     reasons = shortcomings(section)
     if not reasons:

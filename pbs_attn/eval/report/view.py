@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from . import load, paper, stats
+from .titles import SCORED
 
-SCORED = ("longbench", "longbench2", "ruler")  # the benches with a score per row
 # What of the identity a caption shows, where a bench recorded it.
-SHOWN = ("recipe", "mode", "source", "temperature", "prompt_limit", "max_prompt", "prefix", "tp")
+SHOWN = ("recipe", "mode", "temperature", "prompt_limit", "prefix")
 
 
 @dataclass
@@ -79,13 +79,17 @@ class View:
     def harness(self):
         """What the numbers were made by, from the identity."""
         identity = self.section.identity
-        parts = [f"{name} {identity[name]}" for name in SHOWN if identity.get(name) is not None]
+        parts = [f"{name} {identity[name]}" for name in SHOWN if identity.get(name)]
+        if identity.get("tp", 1) > 1:
+            parts.append(f"tp {identity['tp']}")
         parts += ["no chat template"] * (identity.get("chat") is False)
         return ", ".join(["pbs_attn eval", *parts])
 
     def caption(self, keys=None):
         """The line below a title: harness, model, and of every method rows and density."""
-        parts = [self.harness(), load.model_name(self.section.info)]
+        dtype = self.section.identity.get("dtype")
+        model = load.model_name(self.section.info) + (f" {dtype}" if dtype else "")
+        parts = [self.harness(), model]
         counts = {label: self.rows(label, keys) for label in self.labels}
         if len(set(counts.values())) == 1:
             parts.append(f"every method {counts[self.labels[0]]}")
