@@ -319,7 +319,7 @@ def test_opencompass_keeps_special_tokens_up_to_the_stop_word(data):
 
 
 def test_a_bad_row_raises_with_its_place(tmp_path):
-    (tmp_path / "qasper.jsonl").write_bytes(lines([row("qasper", 0, answers=[])]))
+    (tmp_path / "qasper.jsonl").write_bytes(lines([row("qasper", 0, answers=[]), row("qasper", 1)]))
     args = arguments("--data", str(tmp_path), "--tasks", "qasper")
     plan = longbench.prepare(args, tokens())
     assert any("line 1: field answers" in note for note in plan.notes)

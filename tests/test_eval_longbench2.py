@@ -93,7 +93,8 @@ READ = "Please read the following text and answer the question below."
          f"{'  The word 0. ' * 30}\n \n </text> \n \n What is the correct answer to this "
          "question: which 0?  \n \n Choices: \n (A)  first 0  \n (B) choice B \n (C) choice C "
          "\n (D) choice D \n Let’s think step by step. Based on the above, what is the single, "
-         'most likely answer choice? Format your response as follows: "The correct answer is (insert answer here)'),
+         'most likely answer choice? Format your response as follows: "The correct answer is '
+         "(insert answer here)"),
     ],
 )  # fmt: skip
 def test_prompts_word_by_word(data, words, expected):

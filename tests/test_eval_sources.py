@@ -195,7 +195,8 @@ def test_longbench2_json_is_parsed_item_by_item(tmp_path, monkeypatch, chunk):
         found = sources.longbench2(file).rows
         assert [r.id for r in found] == ids and wrong in found[-1].error
     file.write_text('{"_id": "q0"}')
-    assert "its start: is not a list" in sources.longbench2(file).rows[0].error
+    with pytest.raises(CommandError, match="no row can be used; .*its start: is not a list"):
+        sources.longbench2(file)
 
 
 @pytest.mark.parametrize(
@@ -221,6 +222,9 @@ def test_longbench2_rag_needs_chunks(tmp_path):
     )
     without, with_chunks = sources.longbench2(tmp_path, sources.CHUNKS).rows
     assert "field retrieved_context is missing" in without.error and with_chunks.error is None
+    (tmp_path / "data.json").write_text(json.dumps([question(0), question(1)]))  # as published
+    with pytest.raises(CommandError, match="no row can be used; .*retrieved_context is missing"):
+        sources.longbench2(tmp_path, sources.CHUNKS)
 
 
 def test_the_hub_cache_is_read_without_a_network(tmp_path, monkeypatch):

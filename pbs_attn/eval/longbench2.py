@@ -270,7 +270,7 @@ def summary(records, labels):
     for label, here in by_label.items():
         columns = accuracies(here)
         unread = sum(r["status"] == "ok" and r["pred_used"] is None for r in here)
-        values = [100 * right / n if n else None for right, n in columns.values()]
+        values = [f"{100 * right / n:.1f}" if n else "-" for right, n in columns.values()]
         rows.append([label, len(here), *values, unread])
         bad = [r["status"] for r in here if r["status"] != "ok"]
         if bad:
@@ -280,8 +280,9 @@ def summary(records, labels):
     most = max(by_label.values(), key=len, default=[])
     sizes = ["questions", "", *(n for _, n in accuracies(most).values()), ""]
     heads = ["method", "n", *accuracies([]), "no letter"]
-    table = tabulate([sizes, *rows], heads, floatfmt=".1f", missingval="-")
-    name = f"LongBench v2, mode {mode}, recipe {recipe}"
+    align = ["left", *["right"] * (len(heads) - 1)]
+    table = tabulate([sizes, *rows], heads, disable_numparse=True, colalign=align)
+    name = f"LongBench v2, mode {mode}" + (f", recipe {recipe}" if mode != "loglik" else "")
     if len(most) != ROWS:
         name = f"A sample of {name} ({len(most)} of {ROWS} questions): compare methods only"
     if mode == "loglik":

@@ -209,7 +209,7 @@ def read(opened, name, schema_of):
         schema_of: function of a parsed row: its schema {field: (check, what is allowed)}.
 
     A row without a usable id has the id "line-N"; one that occurs twice gets its place appended.
-    Raises CommandError if the file as a whole cannot be read.
+    Raises CommandError if the file as a whole cannot be read, or no row of it be used.
     """
     digest, table, seen = hashlib.sha256(), Table(name), set()
     try:
@@ -224,6 +224,8 @@ def read(opened, name, schema_of):
             table.rows.append(Row(key, None if error else value, error, dataset))
     except UnicodeDecodeError as error:
         raise CommandError(f"--data: {name} is not UTF-8: {error.reason}") from None
+    if table.rows and all(row.error for row in table.rows):
+        raise CommandError(f"--data: no row can be used; {table.rows[0].error}")
     table.sha256 = digest.hexdigest()
     return table
 
