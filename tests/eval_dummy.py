@@ -93,7 +93,7 @@ def work(session, method, job, args):
 
 
 def describe(job, record):
-    return f"SHOWN {job.id} {record['method']} {record['pred']!r}"
+    return f"SHOWN {record['pred']!r}"
 
 
 def running(records):

@@ -123,7 +123,7 @@ def test_dry_run_prints_a_prompt_per_task_and_loads_nothing(start, loads, tmp_pa
 
 def test_show_prints_rows_as_they_come(start):
     _, _, err = start("--show", 3)
-    assert err.count("SHOWN") == 3 and "SHOWN a3 full" in err
+    assert err.count("SHOWN") == 3 and "-- a a3 full\nSHOWN" in err
 
 
 def test_the_default_folder_is_named_after_bench_and_model(

@@ -181,6 +181,8 @@ def write_json(path, value, indent=1):
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             json.dump(value, file, indent=indent)
             file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
         os.chmod(part, 0o644)
         os.replace(part, path)
     except BaseException:

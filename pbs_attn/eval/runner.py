@@ -202,10 +202,10 @@ class Runner:
         failed = record["status"] != "ok"
         running = self.bench.running(self.records) if hasattr(self.bench, "running") else ""
         self.progress.end(job.cost, failed, running)
+        size = f" {job.length:,}" if job.length else ""
+        name = f"{job.task}{size} {job.id} {method.label}"
         if failed:
-            size = f" {job.length:,}" if job.length else ""
-            self.progress.say(f"{job.task}{size} {job.id} {method.label}: "
-                              f"{record['status']}: {record['error']}")  # fmt: skip
+            self.progress.say(f"{name}: {record['status']}: {record['error']}")
         elif self.show > 0 and hasattr(self.bench, "describe"):
             self.show -= 1
-            self.progress.say(self.bench.describe(job, record))
+            self.progress.say(f"-- {name}\n{self.bench.describe(job, record)}")
