@@ -93,6 +93,11 @@ def test_shards_hold_every_row_once_with_equal_cost_longest_first(shards):
     assert parts == runner.deal(list(JOBS), shards)
 
 
+def test_a_row_as_long_as_all_others_has_a_shard_for_itself():
+    parts = runner.deal([*(job(str(i), 1.0) for i in range(10)), job("long", 10.0)], 2)
+    assert [len(part) for part in parts] == [1, 10]
+
+
 def test_rows_without_a_cost_are_dealt_evenly():
     parts = runner.deal([job(str(i), 0.0) for i in range(9)], 3)
     assert [len(part) for part in parts] == [3, 3, 3]

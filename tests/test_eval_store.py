@@ -191,6 +191,13 @@ def test_methods_tasks_and_rows_may_grow(opened):
     assert run["identity_sha256"] == store.digest(run["identity"])
 
 
+def test_other_versions_are_said_not_refused(opened):
+    opened(versions={"torch": "2.12"}, machine={"gpu": "A", "threads": 1})
+    again = opened(versions={"torch": "2.13"}, machine={"gpu": "B", "threads": 2})
+    assert len(again.said) == 2
+    assert "torch 2.12, this start has 2.13" in again.said[0] and "gpu A" in again.said[1]
+
+
 def test_records_without_run_json_are_refused(opened):
     first = opened()
     first.append(record_of(0))

@@ -196,6 +196,7 @@ class Store:
         if path.exists():
             old, _ = read(self.folder)
             self._compare(old, run)
+            self._say_changes(old, run)
             run = self._merge(old, run)
         elif read_records(self.folder):
             raise CommandError(f"--out {self.folder} holds records but no run.json that says "
@@ -218,6 +219,15 @@ class Store:
                 + "\n".join(lines)
                 + "\ngive another --out, or the options of that run"
             )
+
+    def _say_changes(self, old, new):
+        """Rows of other versions or machines may stand side by side; the user should know."""
+        for name in ("versions", "machine"):
+            changed = differences(old.get(name, {}), new.get(name, {}))
+            for field, before, now in changed:
+                if field.partition(".")[0] not in ("threads", "device", "backend"):
+                    self.say(f"note: the first rows here ran with {field} {before}, this start "
+                             f"has {now}")  # fmt: skip
 
     @staticmethod
     def _merge(old, new):
