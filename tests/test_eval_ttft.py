@@ -324,6 +324,7 @@ def test_no_memory_is_a_row(checkpoint, tmp_path, monkeypatch, capsys):
         "full": "ok", "sdpa": "oom", "identity": "ok"
     }  # fmt: skip
     assert len(found["identity"]["samples"]) == 2
+    assert found["identity"]["with"] == ["full", "sdpa", "identity"]  # the others went on in turns
     assert "INCOMPLETE: sdpa: oom" in capsys.readouterr().out
 
 
