@@ -24,12 +24,11 @@ from .blockmath import (
 class FlashPrefill(SquareBlocks):
     """FlashPrefill V2 (arXiv 2608.19758, code 0f8e791), its selection without mean correction.
 
-    For query block I and key block J, over the rows i of I whose position is not before J's first
-    key,
+    For query block I and the key blocks J that lie wholly before or at its last row,
 
-        E_IJ = sum over i of exp(scale q_i . mean(K_J) - M_I),   M_I the largest of those logits
+        E_IJ = sum over rows i of exp(scale q_i . mean(K_J) - M_I),  M_I the largest of those logits
 
-    for the blocks J that lie wholly before or at the last row of I. Kept are J with
+    (the code leaves out rows before J's first key; with blocks of one size there are none). Kept are J with
     E_IJ >= alpha max_J' E_IJ', the first `sink` tokens, the last `window` tokens up to I's first
     row and all of I's own blocks, and everything for the query blocks that hold the last `last`
     tokens of the call. Sizes in tokens are rounded up to blocks. Sink and window blocks take part
@@ -95,9 +94,8 @@ class FlashPrefill(SquareBlocks):
         energy = q.new_zeros(heads, *scored.shape)
         for begin, end in strips(call, size, means.size(1), whole_blocks=True):
             blocks = slice(begin // size, -(-end // size))
-            row = torch.arange(begin, blocks.stop * size, device=q.device)
-            seen = (row + call.q_offset >= start[:, None]).T & (row < end)[:, None]
-            seen = seen.unflatten(0, (-1, size)) & scored[blocks, None]  # [blocks, B, Tk]
+            row = torch.arange(begin, blocks.stop * size, device=q.device).view(-1, size, 1)
+            seen = (row < end) & scored[blocks, None]  # [blocks, B, Tk]
             logit = by_block(logits(q[:, begin:end], means, call.scale), size)
             logit = logit.masked_fill_(~seen, -math.inf).unflatten(0, (heads, -1))
             top = logit.amax((1, 3, 4), keepdim=True)  # of a head (or group) and query block
