@@ -28,12 +28,12 @@ class FlashPrefill(SquareBlocks):
 
         E_IJ = sum over rows i of exp(scale q_i . mean(K_J) - M_I),  M_I the largest of those logits
 
-    (the code leaves out rows before J's first key; with blocks of one size there are none). Kept are J with
-    E_IJ >= alpha max_J' E_IJ', the first `sink` tokens, the last `window` tokens up to I's first
-    row and all of I's own blocks, and everything for the query blocks that hold the last `last`
-    tokens of the call. Sizes in tokens are rounded up to blocks. Sink and window blocks take part
-    in the maximum, and the own block is scored with keys that its earlier rows do not see: both as
-    in the authors' code.
+    (the code leaves out rows before J's first key; with blocks of one size there are none). Kept
+    are J with E_IJ >= alpha max_J' E_IJ', the first `sink` tokens, the last `window` tokens up to
+    I's first row and all of I's own blocks, and everything for the query blocks that hold the last
+    `last` tokens of the call. Sizes in tokens are rounded up to blocks. Sink and window blocks take
+    part in the maximum, and the own block is scored with keys that its earlier rows do not see:
+    both as in the authors' code.
 
     alpha      relative threshold, >= 0; 0 keeps everything. V2's paper: 0.1 for all models (the
                class in its code defaults to 1.0, its examples pass 0.1). V1 (arXiv 2603.06199, code
