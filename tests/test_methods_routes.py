@@ -154,6 +154,7 @@ def test_density_counted_by_hand():
     q = torch.zeros(1, 300, 8)
     call = base.Call(q, q, q, 1.0)
     assert base.causal_pairs(call) == 6
+    assert base.checked_blocks(Everything(), call).tolist() == [base.causal_blocks(call).tolist()]
     own = base.own_blocks(call, 64, 64)[None]
     assert base.block_pairs(call, own, 64, 64).tolist() == [pytest.approx(2 / 3 + 2 / 3 + 1)]
     assert base.block_pairs(call, base.own_blocks(call)[None]).tolist() == [3]
@@ -268,12 +269,13 @@ def test_kernel_methods_count_pairs_whatever_their_blocks(case, name, block):
     assert calls.computed == pytest.approx(calls.density)  # natural rows: what is chosen runs
 
 
-def test_computed_holds_what_permuted_queries_add():
-    inputs = cases.make_inputs(29, (2, 1), 1100)
-    for block in (64, 128):
-        with recording() as calls:
-            pbs_attention(*inputs, config=f"pbs:permute=both,block={block}" + ALL_LENGTHS)
-        assert calls.computed > calls.density
+@pytest.mark.parametrize(("block", "extra"), ((64, 4 * 6 / 4), (128, 4 * 1), (256, 0)))
+def test_computed_holds_what_permuted_queries_add(block, extra):
+    """Above the diagonal of each of 4 segments: 3 + 2 + 1 blocks of 64, 1 of 128, none of 256."""
+    inputs = cases.make_inputs(29, (2, 1), 1024)
+    with recording() as calls:
+        pbs_attention(*inputs, config=f"pbs:permute=both,block={block}" + ALL_LENGTHS)
+    assert (calls.computed - calls.density) * 36 == pytest.approx(extra)
 
 
 def test_thresholds_are_tau_per_head(tmp_path):

@@ -71,7 +71,7 @@ def causal_blocks(call, block_q=PAIR, block_k=PAIR):
     seqlen_q, seqlen_k, device = call.q.shape[1], call.k.shape[1], call.q.device
     m = torch.arange(ceil_div(seqlen_q, block_q), device=device)
     n = torch.arange(ceil_div(seqlen_k, block_k), device=device)
-    last = ((m + 1) * block_q).clamp(max=seqlen_q) - 1 + call.q_offset
+    last = (m + 1) * block_q - 1 + call.q_offset  # past the end, where every key is seen as well
     return n * block_k <= last[:, None]
 
 
@@ -280,8 +280,9 @@ class TokenMethod(Method):
         raise NotImplementedError
 
 
-def _checked_blocks(method, call, blocks):
-    """What `blocks` gave as a contiguous mask without entries above the diagonal."""
+def checked_blocks(method, call):
+    """What `blocks` of the method gives, checked, without entries above the diagonal."""
+    blocks = method.blocks(call)
     causal = causal_blocks(call, method.block_q, method.block_k)
     heads = (call.q.shape[0], call.k.shape[0])
     if (
@@ -304,7 +305,7 @@ def run_call(method, call, return_lse=False):
         return out, None, pairs
     from .. import dense  # here, as dense needs env, and env may need a method
 
-    blocks = _checked_blocks(method, call, method.blocks(call))
+    blocks = checked_blocks(method, call)
     pairs = method.pairs(call, blocks)
     q, k, v = (
         x[None] if x.stride(-1) == 1 else x[None].contiguous() for x in (call.q, call.k, call.v)
