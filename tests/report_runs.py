@@ -77,7 +77,7 @@ def noisy(rng, rows, shift=0.0):
     return [min(1.0, max(0.0, rng.random() + shift)) for _ in range(rows)]
 
 
-def longbench(labels=LABELS, tasks=None, rows=12, seed=0):
+def longbench(labels=LABELS, tasks=None, rows=4, seed=0):
     from pbs_attn.eval import recipes
 
     rng, found = random.Random(seed), []
@@ -89,7 +89,7 @@ def longbench(labels=LABELS, tasks=None, rows=12, seed=0):
                 value = min(1, max(0, score + rng.gauss(-0.02, 0.2))) if changed else score
                 found.append(record(
                     "longbench", task, i, label, score=value, pred=f"{task} {value:.3f}",
-                    metric="qa_f1", prompt_tokens=1500 * (i + 1), cut_tokens=0, answers=["x"],
+                    metric="qa_f1", prompt_tokens=3000 * (i + 1), cut_tokens=0, answers=["x"],
                     first_token=int(7 * score) + int(changed and rng.random() < 0.3),
                     meta={"words": 900 * i, "category": "x", "language": "en"},
                 ))  # fmt: skip

@@ -281,6 +281,33 @@ def test_a_planned_row_that_never_ran_counts_zero(tmp_path):
     assert rows(part, "tasks")["qasper"]["pbs"] == 50 and rows(part, "tasks")["trec"]["pbs"] is None
 
 
+def test_rows_that_a_method_was_not_asked_for_are_not_missing(tmp_path):
+    """full on four rows and two lengths, pbs on two rows of the first only."""
+    scores = {("vt", n): {"full": [1.0, 0.5, 0.0, 0.0]} for n in (4096, 8192)}
+    records = scored("ruler", scores, ("full",))
+    records += scored("ruler", {("vt", 4096): {"pbs": [0.5, 0.5]}}, ("pbs",))
+    part = section(write(tmp_path / "run", "ruler", records))
+    assert part.view.section.complete() and part.view.section.counts("pbs") == (2, 2)
+    lines = rows(part, "lengths")
+    assert (lines["4096"]["full"], lines["4096"]["pbs"]) == (37.5, 50.0)
+    assert lines["8192"]["pbs"] is None and lines["Avg"]["pbs"] is None
+    line = rows(part, "tests", 2)["length 4096", "pbs"]
+    assert line["rows"] == 2 and line["difference"].value == pytest.approx(-25)
+    assert rows(part, "tests", 2)["Avg", "pbs"]["difference"] is None
+    assert "methods were asked for different rows" in table(part, "lengths").notes[0]
+    assert "INCOMPLETE" not in document.markdown([part]).partition("\n### ")[2]
+
+
+def test_ppl_lengths_that_a_method_was_not_asked_for(tmp_path):
+    records = [
+        r for r in report_runs.ppl() if r["length"] == 2048 or r["method"] != "meanpool"
+    ]  # fmt: skip
+    part = section(write(tmp_path / "run", "ppl", records))
+    lines = rows(part, "loss", 2)
+    assert (4096, "meanpool") not in lines and lines[2048, "meanpool"]["texts"] == "2/2"
+    assert "INCOMPLETE" not in document.write([part], tmp_path / "out")
+
+
 def test_torn_line_retry_and_shards(tmp_path):
     records = report_runs.longbench2(TWO, rows=9)
     whole = section(write(tmp_path / "whole", "longbench2", records))
@@ -296,7 +323,7 @@ def test_torn_line_retry_and_shards(tmp_path):
 
 
 def test_the_same_report_every_time(tmp_path, capsys):
-    folder = write(tmp_path / "run", "ruler", report_runs.ruler(TWO, rows=6))
+    folder = write(tmp_path / "run", "ruler", report_runs.ruler(TWO, ("vt",), 6, (4096,)))
     for out in ("a", "b"):
         assert cli.main(["report", str(folder), "--out", str(tmp_path / out)]) == 0
     names = sorted(path.name for path in (tmp_path / "a").iterdir())
@@ -400,7 +427,7 @@ def test_the_same_label_for_another_method_is_kept_apart(tmp_path):
 
 def test_a_folder_of_folders(tmp_path):
     report_runs.write_all(tmp_path)
-    assert [part.slug for part in parts(tmp_path)] == sorted(report_runs.MAKERS)
+    assert [found.bench for found in load.sections([tmp_path])] == sorted(report_runs.MAKERS)
 
 
 def test_base_by_name_and_where_it_is_missing(tmp_path):

@@ -7,6 +7,7 @@ section of its own, and the report says in what.
 """
 
 import json
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,7 +22,8 @@ class Section:
     """What may stand in one table: one benchmark with one identity.
 
     info: run.json of the first folder; rows: {method label: {(task, id, length): record}}; keys:
-    every planned row, of any method; why: how it differs from another section of its benchmark.
+    every row that any method was to run; planned: {label: those that it was to run}; why: how it
+    differs from another section of its benchmark.
     """
 
     bench: str
@@ -29,6 +31,7 @@ class Section:
     folders: list = field(default_factory=list)
     rows: dict = field(default_factory=dict)
     keys: list = field(default_factory=list)
+    planned: dict = field(default_factory=dict)
     notes: list = field(default_factory=list)
     why: str = ""
 
@@ -64,13 +67,23 @@ class Section:
         """The keys of a task, of a length, or of both."""
         return [key for key in self.keys if task in (None, key[0]) and length in (None, key[2])]
 
+    def asked(self, label, keys=None):
+        """The keys that a method was to run; what it was never asked for is not missing."""
+        planned = self.planned[label]
+        return [key for key in (self.keys if keys is None else keys) if key in planned]
+
     def counts(self, label, keys=None):
         """(ok, planned) rows of a method."""
-        keys = self.keys if keys is None else keys
+        keys = self.asked(label, keys)
         return sum(self.record(label, key) is not None for key in keys), len(keys)
 
     def complete(self):
-        return all(self.counts(label)[0] == len(self.keys) for label in self.labels)
+        counts = [self.counts(label) for label in self.labels]
+        return all(ok == planned for ok, planned in counts)
+
+    def uneven(self, keys=None):
+        """Were methods asked to run different rows of these?"""
+        return len({tuple(self.asked(label, keys)) for label in self.labels}) > 1
 
 
 def expand(paths):
@@ -151,27 +164,46 @@ def _section(group):
         if rows:
             section.rows[label] = rows
     section.keys = list(dict.fromkeys(key for rows in section.rows.values() for key in rows))
-    section.keys = sorted(section.keys + _not_run(section.keys, group), key=_order)
+    wanted = {label: _wanted(label, group) for label in section.labels}
+    section.keys = sorted(section.keys + _not_run(section.keys, wanted), key=_order)
+    section.planned = {
+        label: _planned(section, section.rows[label], places) for label, places in wanted.items()
+    }
     return section
 
 
-def _not_run(keys, group):
-    """A key for every planned row of which there is no record yet, so that it counts as missing."""
-    planned = {}
+def _wanted(label, group):
+    """{(task, length): rows that a method was to run}: the most of any start in any folder."""
+    found = {}
     for _, run in group:
-        for tasks in run.get("expected", {}).values():
-            for task, lengths in tasks.items():
-                for length, rows in lengths.items():
-                    place = (task, int(length))
-                    planned[place] = max(rows, planned.get(place, 0))
-    there = {}
-    for task, _, length in keys:
-        there[task, length] = there.get((task, length), 0) + 1
+        for task, lengths in run.get("expected", {}).get(label, {}).items():
+            for length, rows in lengths.items():
+                place = (task, int(length))
+                found[place] = max(rows, found.get(place, 0))
+    return found
+
+
+def _not_run(keys, wanted):
+    """A key for every planned row of which no method has a record yet."""
+    there, most = Counter((task, length) for task, _, length in keys), Counter()
+    for places in wanted.values():
+        most |= Counter(places)
     return [
         (task, NOT_RUN.format(number), length)
-        for (task, length), rows in planned.items()
-        for number in range(there.get((task, length), 0), rows)
+        for (task, length), rows in most.items()
+        for number in range(there[task, length], rows)
     ]
+
+
+def _planned(section, rows, places):
+    """The keys that a method was to run: those it has, and as many more as it was asked for."""
+    found, have = set(rows), Counter((task, length) for task, _, length in rows)
+    for key in section.keys:
+        task, _, length = key
+        if key not in found and have[task, length] < places.get((task, length), 0):
+            found.add(key)
+            have[task, length] += 1
+    return found
 
 
 def _order(key):

@@ -157,7 +157,8 @@ def score_density(view, scope, strata, path):
     points, bars, labels = [], [], view.labels
     keys = task_tables.keys_of(strata)
     for label in labels:
-        score, density = task_tables.weighted(view, label, strata), view.average(label, "density")
+        score = task_tables.weighted(view, label, strata)
+        density = view.average(label, "density", keys)
         if score is None or density is None:
             continue
         paired = view.differences if label in view.others else view.scores

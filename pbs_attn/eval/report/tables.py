@@ -60,7 +60,7 @@ def runs(view):
 def failures(section, label):
     """ "oom 2, not run 3": why rows are not ok; "" where all are."""
     found = {}
-    for key in section.keys:
+    for key in section.asked(label):
         status = section.rows[label].get(key, {"status": "not run"}).get("status", "no status")
         if status != "ok":
             found[status] = found.get(status, 0) + 1

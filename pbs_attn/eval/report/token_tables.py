@@ -37,12 +37,19 @@ def ppl(view):
         Column("computed", ".3f"), Column("prefill s", ".2f"),
     ]  # fmt: skip
     rows = [
-        _ppl_row(view, label, length) for length in view.section.lengths() for label in view.labels
+        _ppl_row(view, label, length)
+        for length in view.section.lengths()
+        for label in asked(view, view.section.where(length=length))
     ]
     base = view.base or "the dense run beside it"
     notes = [view.caption(), NOTE_PPL.format(base=base)]
     found = [Table("loss", "Loss per token", columns, rows, notes)]
     return {}, found + _bands(view)
+
+
+def asked(view, keys):
+    """The methods that were to run any of these rows."""
+    return [label for label in view.labels if view.section.asked(label, keys)]
 
 
 def _ppl_row(view, label, length):
@@ -151,7 +158,7 @@ def agreement(view):
     rows = []
     for length in view.section.lengths():
         keys = view.section.where(length=length)
-        for label in view.labels:
+        for label in asked(view, keys):
             records = [r for r in (view.section.record(label, k) for k in keys) if r is not None]
             n = len(records)
             rows.append([
@@ -189,7 +196,7 @@ def ttft(view):
     rows = []
     for length, protocol in places(view.section):
         keys = [key for key in view.section.where(length=length) if key[1] == protocol]
-        rows += [_ttft_row(view, label, length, protocol, keys) for label in view.labels]
+        rows += [_ttft_row(view, label, length, protocol, keys) for label in asked(view, keys)]
     against = f" over {view.base}" if view.base else ""
     table = Table("ttft", f"Time to first token, speed-up{against}", columns, rows,
                   [view.caption(), NOTE_TTFT, *_warnings(view)])  # fmt: skip

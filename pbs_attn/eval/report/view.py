@@ -32,9 +32,9 @@ class View:
         return [] if self.base is None else [label for label in self.labels if label != self.base]
 
     def usable(self, label, keys):
-        """The keys whose row counts for a method: all, or under allow_missing the ok ones."""
+        """The keys whose row counts for a method: all planned, or under allow_missing all ok."""
         if not self.allow_missing:
-            return list(keys)
+            return self.section.asked(label, keys)
         return [key for key in keys if self.section.record(label, key) is not None]
 
     def score(self, label, key):
@@ -98,6 +98,8 @@ class View:
         density = {label: self.average(label, "density", keys) for label in self.labels}
         shown = [f"{label} {x:.3f}" for label, x in density.items() if x is not None]
         parts += [f"density {', '.join(shown)}"] * bool(shown)
+        if self.section.uneven(keys):
+            parts.append("methods were asked for different rows: compare differences, not means")
         if not self.section.complete():
             left_out = self.allow_missing or self.section.bench not in SCORED
             parts.append(
