@@ -5,6 +5,8 @@ import json
 import random
 import time
 
+from pbs_attn.eval.report import document
+
 LABELS = ("full", "pbs", "meanpool")
 DENSITY = {"full": 1.0, "identity": 0.45, "pbs": 0.35, "pbs+": 0.34, "meanpool": 0.2,
            "xattention": 0.25}  # fmt: skip
@@ -193,3 +195,26 @@ MAKERS = {"longbench": longbench, "longbench2": longbench2, "ruler": ruler, "ppl
 def write_all(folder, **options):
     """A run folder of every bench below `folder`; -> their paths."""
     return [write(folder / name, name, make(), **options) for name, make in MAKERS.items()]
+
+
+def parts(*folders, **options):
+    return document.parts(document.views(folders, **options))
+
+
+def table(part, slug):
+    return next(found for found in part.tables if found.slug == slug)
+
+
+def rows(part, slug, keys=1):
+    """{first cells: {column: cell}} of a table."""
+    found = table(part, slug)
+    names = [column.name for column in found.columns]
+    return {
+        row[0] if keys == 1 else tuple(row[:keys]): dict(zip(names, row, strict=True))
+        for row in found.rows
+    }
+
+
+def section(*folders):
+    (part,) = parts(*folders)
+    return part
