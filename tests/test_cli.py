@@ -370,6 +370,19 @@ def test_exec(name, length, status, expected, folder, tmp_path, capsys):
     assert ("no attention call" in said) == (name == "sdpa")
 
 
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        ("sdpa", "--method is 'sdpa', the model's own; allowed: 'full'"),
+        ("pbs,full", "--method is 'pbs,full', which names 2; allowed: one"),
+        ("pbs:tau=x", "tau is 'x'"),
+    ],
+)
+def test_exec_takes_one_method_that_is_ours(method, said, capsys):
+    assert main("exec", "--method", method, "-m", "json.tool") == 2
+    assert said in capsys.readouterr().err
+
+
 def test_exec_module(capsys):
     assert main("exec", "-m", "json.tool", "--help") == 0
     assert "usage" in capsys.readouterr().out
