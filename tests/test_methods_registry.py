@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Methods by name: what a text means and may not say, and that every method describes itself."""
 
+import doctest
 import json
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pbs_attn import PBSConfig, methods
+from pbs_attn import PBSConfig, config, methods
 from pbs_attn.methods import base, kernels
 
 NEEDS_FILE = ("bsfa",)  # no defaults: thresholds=FILE
@@ -171,6 +172,12 @@ def test_nothing_is_imported_before_it_is_named():
     loaded, others = result.stdout.splitlines()
     assert set(eval(loaded)) == {"pbs_attn.methods.base", "pbs_attn.methods.kernels"}
     assert others == "False"
+
+
+def test_examples_in_docstrings_hold():
+    for module in (methods, config):
+        failed, tried = doctest.testmod(module)
+        assert tried and not failed
 
 
 # ---- PBSConfig.from_method -----------------------------------------------------------------------
