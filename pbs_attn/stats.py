@@ -33,11 +33,12 @@ class _Layer:
 class Record:
     """What was counted between entering and leaving `record()`.
 
-    calls     {"pbs": n, "dense": n}: attention calls by route
+    calls     {"pbs": n, "dense": n}: attention calls by route; "pbs" is sparse, by any method
     reasons   {word: n}: why calls took the dense route (routing.REASONS explains the words)
     seconds   {"pbs": s, "dense": s}: wall time of the calls; empty unless record(time=True)
     layers    {layer: per-head densities} of the sparse calls; layer None where unknown
-    density   selected causal blocks / causal blocks over all sparse calls; 1.0 if there were none
+    density   selected causal blocks / causal blocks over all sparse calls; 1.0 if there were none.
+              Under a method blocks are pairs of 128 rows and 128 keys, whatever its own size
     computed  the same for the blocks that the kernels ran
     """
 
