@@ -73,6 +73,19 @@ def test_methods_tasks_and_limit_grow_in_one_folder(start, tmp_path):
     assert [each["limit"] for each in run["runs"]] == [2, None]
 
 
+def test_a_method_is_known_by_what_is_in_its_file(start, tmp_path):
+    file = tmp_path / "taus.json"
+    method = f"pbs:thresholds={file}"
+    file.write_text(json.dumps([[1.0] * 4] * 2))
+    assert start("--method", "full")[0] == 0
+    assert start("--method", method)[0] == 0  # a method with a file may come later
+    file.write_text(json.dumps([[0.5] * 4] * 2))
+    status, _, error = start("--method", method)
+    assert status == 2 and "method_files" in error and "--out" in error
+    status, _, error = start("--method", "full,identity")
+    assert status == 0, error
+
+
 def test_three_shards_are_one_run(start, tmp_path):
     assert start(out="whole")[0] == 0
     parts, outs = [], []

@@ -69,8 +69,13 @@ class Launch:
     def identity(self):
         """The bench's identity and what the frame knows: all that changes a record's value."""
         args = self.args
+        files = {
+            method.label: [about.sha256_file(path) for path in method.files]
+            for method in self.methods if method.files
+        }  # fmt: skip
         return {
             **self.plan.identity,
+            **({"method_files": files} if files else {}),
             "model": about.model(self.path, self.config, self.tokens.tokenizer),
             "dtype": self.dtype(),
             "max_prompt": args.max_prompt,
@@ -120,11 +125,11 @@ class Launch:
         """Run what is to do; the exit status."""
         self.ranks.start(self.device)
         work = None
-        if self.ranks.first or not self.args.tp:
-            self.store = Store(self.folder, self.shard, self.say)
-            work = self._open()
-        work = self.ranks.share(work)
         try:
+            if self.ranks.first or not self.args.tp:
+                self.store = Store(self.folder, self.shard, self.say)
+                work = self._open()
+            work = self.ranks.share(work)
             self._first_lines(work)
             if work:
                 self._rows(work)

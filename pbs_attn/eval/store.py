@@ -24,10 +24,8 @@ from .jobs import record_key
 FORMAT = 1  # of the folder; raised when an old reader would misread a new folder
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # some cluster filesystems
 RECORDS = re.compile(r"records-(\d+)of(\d+)\.jsonl")
-GROWS = (
-    "data",
-    "texts",
-)  # identity fields {task: SHA-256} that may gain entries in the same folder
+# Identity fields {task, text or method: SHA-256} that may gain entries in the same folder.
+GROWS = ("data", "texts", "method_files")
 
 
 def plain(value):
@@ -122,7 +120,8 @@ def differences(old, new, growing=GROWS):
     """
     found = []
     for name in sorted({*old, *new}):
-        a, b = old.get(name), new.get(name)
+        absent = {} if name in growing else None
+        a, b = old.get(name, absent), new.get(name, absent)
         if a == b:
             continue
         if isinstance(a, dict) and isinstance(b, dict):

@@ -15,6 +15,7 @@ pair is causal if the last of its rows sees one of its keys.
 """
 
 import math
+import os
 import typing
 from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import ClassVar
@@ -138,6 +139,7 @@ class Method:
     RECIPE: ClassVar[str] = ""  # of NAME:recipe=RECIPE
     KEEP_ALL: ClassVar[str] = ""  # parameters that keep everything, "tau=1"; "" = see the docs
     DENSITY: ClassVar[str] = ""  # how a call is counted in pairs of 128 x 128
+    FILES: ClassVar[tuple] = ()  # parameters that name a file
     kind: ClassVar[str] = ""
 
     min_q: int | None = None
@@ -219,6 +221,12 @@ class Method:
     def from_base(cls, base):
         """What a method takes of the PBSConfig that the user gave for all: {name: value}."""
         return {} if base is None else {name: getattr(base, name) for name in ROUTING}
+
+    @property
+    def files(self):
+        """Paths of the files that this method reads."""
+        named = (getattr(self, name) for name in self.FILES)
+        return [os.path.expanduser(path) for path in named if path is not None]
 
     @property
     def text(self):

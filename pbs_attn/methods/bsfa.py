@@ -120,6 +120,7 @@ class BSFA(BlockMethod):
     NAME: ClassVar[str] = "bsfa"
     ABOUT: ClassVar[str] = "true block maxima against calibrated thresholds; needs thresholds=FILE"
     SOURCE: ClassVar[str] = "BSFA, arXiv 2512.07011, code c3ee81e"
+    FILES: ClassVar[tuple] = ("thresholds",)
     KEEP_ALL: ClassVar[str] = "thresholds=FILE with null everywhere"
     DENSITY: ClassVar[str] = "(1 + kept) / 2: Q K^T of all blocks, P V of the kept ones"
     block_q: ClassVar[int] = BLOCK_Q

@@ -56,6 +56,7 @@ class KernelMethod(Method):
     kind: ClassVar[str] = "kernel"
     KEEP_ALL: ClassVar[str] = "tau=1"
     DENSITY: ClassVar[str] = "selected causal blocks, the own span included"
+    FILES: ClassVar[tuple] = ("thresholds",)
     OWN: ClassVar[tuple] = ()  # fields that make the method itself: no base config changes them
 
     block_size: int = 128

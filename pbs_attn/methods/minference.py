@@ -140,6 +140,7 @@ class MInference(TokenMethod):
     NAME: ClassVar[str] = "minference"
     ABOUT: ClassVar[str] = "vertical-slash pattern from the last 64 rows (exact reference in torch)"
     SOURCE: ClassVar[str] = "MInference, arXiv 2407.02490, code fb56c91"
+    FILES: ClassVar[tuple] = ("pattern",)
     KEEP_ALL: ClassVar[str] = "slash=2147483647"
 
     vertical: int = 1000
