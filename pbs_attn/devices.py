@@ -70,13 +70,14 @@ def refusal(device):
     found = capability(device)
     if found is None:
         return "torch finds no such GPU"
-    return gpu_refusal(found, _load.CUDA_ARCHS) or _library_refusal(device.index or 0)
+    ask = library_refusal
+    if torch.compiler.is_compiling():
+        from .tracing import library_refusal as ask
+    return gpu_refusal(found, _load.CUDA_ARCHS) or ask(device.index or 0)
 
 
-@torch.compiler.assume_constant_result
-def _library_refusal(index):
-    """What the library's own CUDA runtime says: a driver that serves torch's may be too old for it.
-    The same for as long as the process lives, so a trace may take it for a constant."""
+def library_refusal(index):
+    """What the library's own CUDA runtime says: a driver that serves torch's may be too old."""
     return _load.CUDA.refuses(index)
 
 

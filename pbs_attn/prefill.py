@@ -44,7 +44,10 @@ def attention(
             if tau_heads is None and reason is None:
                 tau_heads = method.tau_heads(layer, q.shape[1], q.device)
         elif reason is None:
-            return _by_method(q, k, v, method, geometry, softmax_scale, layer, out, return_lse)
+            run = by_method
+            if torch.compiler.is_compiling():
+                from .tracing import by_method as run
+            return run(q, k, v, method, geometry, softmax_scale, layer, out, return_lse)
     plan = seqs = None
     if return_plan or stats.recording():
         seqs = sequences(geometry, q.shape[0], q.shape[2], k.shape[2], q.device)
@@ -98,8 +101,7 @@ def _check_wishes(method, return_lse, return_plan):
         )
 
 
-@torch.compiler.disable(reason="block and token methods read lengths and choices on the host")
-def _by_method(q, k, v, method, geometry, softmax_scale, layer, out, return_lse):
+def by_method(q, k, v, method, geometry, softmax_scale, layer, out, return_lse):
     """The sparse route of a block or token method; torch.compile breaks its graph around it."""
     with stats.timed("pbs", q.device):
         result, lse, (computed, causal) = methods.run(
