@@ -20,8 +20,13 @@ NAMES = "full,pbs:tau=0.3,block=64,segment=128"
 BENCHES = {
     "ppl": ["--lengths", "600"],
     "agreement": ["--lengths", "500", "--windows", "2", "--new-tokens", "5"],
+    "longbench": ["--data", "ROWS", "--tasks", "lcc", "--max-prompt", "500"],
     "ttft": ["--lengths", "500", "--repeat", "2"],
 }
+ROW = {
+    "input": "", "context": "def double(x):\n    return 2 * x\n" * 20, "answers": ["y = 2"],
+    "length": 100, "dataset": "lcc", "language": "python", "all_classes": None, "_id": "row",
+}  # fmt: skip
 # One start of torchrun for all benches: starting it is what takes time. Only the last of them may
 # end the process group, which torch cannot form again and again.
 DRIVER = """
@@ -38,8 +43,9 @@ for words in commands:
 
 
 def words(bench, checkpoint, out, tp=None):
+    options = [str(out.parent / "lcc.jsonl") if x == "ROWS" else x for x in BENCHES[bench]]
     found = ["eval", bench, "--model", checkpoint, "--device", "cpu", "--method", NAMES,
-             "--out", str(out / bench), *BENCHES[bench]]  # fmt: skip
+             "--out", str(out / bench), *options]  # fmt: skip
     return found + (["--tp", str(tp)] if tp else [])
 
 
@@ -73,6 +79,7 @@ def both(tmp_path_factory):
     """(records of one process, of two, what the two said) by (bench, method, id)."""
     tmp_path = tmp_path_factory.mktemp("tp")
     checkpoint = byte_models.checkpoint(tmp_path / "tiny")
+    (tmp_path / "lcc.jsonl").write_text(json.dumps(ROW), encoding="utf-8")
     said, errors, status = torchrun(checkpoint, tmp_path / "two", tmp_path)
     assert status == 0, errors[-3000:]
     for bench in BENCHES:
@@ -91,7 +98,7 @@ def pairs(both, bench):
 
 
 def test_one_rank_writes(both):
-    assert len(both[1]) == 2 + 4 + 2
+    assert len(both[1]) == 2 + 4 + 2 + 2
     assert both[2].count("same first") == 1  # the table of ttft, once
     assert "over 2 ranks" in both[2]
 
@@ -116,6 +123,11 @@ def test_same_tokens(both):
     for one, two in pairs(both, "agreement"):
         assert two["tokens"] == one["tokens"]
         assert two["first_same"] == one["first_same"]
+
+
+def test_same_replies(both):
+    for one, two in pairs(both, "longbench"):
+        assert two["pred"] == one["pred"] and two["score"] == one["score"]
 
 
 def test_times_are_of_both(both):

@@ -216,7 +216,7 @@ class Launch:
             trust_remote_code=args.trust_remote_code, allow_pickle=args.allow_pickle,
             options=parallel.load_options(self.ranks.tp or 1),
         )  # fmt: skip
-        session = Session(model, self.tokens, name=args.model, seed=args.seed)
+        session = Session(model, self.tokens, name=args.model, seed=args.seed, tp=args.tp)
         window = "unknown" if self.tokens.window is None else f"{self.tokens.window:,} tokens"
         where = about.machine(session.device)
         place = where.get("gpu") or f"{where['cpu']}, {where['threads']} threads"

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..cli import CommandError, measure
-from . import attention
+from . import attention, parallel
 
 # Settings of a generation config that change what greedy decoding gives. They stay, as in the
 # official scripts, which call model.generate; every run says so at its start.
@@ -152,11 +152,15 @@ def seed_all(seed):
 
 
 class Session:
-    """A loaded model with its Tokens. name: as given by --model; dtype: word; device, seed."""
+    """A loaded model with its Tokens. name: as given by --model; dtype: word; device, seed.
 
-    def __init__(self, model, tokens, *, name="model", seed=42):
+    tp: ranks of torchrun that hold the model together; each calls the same methods.
+    """
+
+    def __init__(self, model, tokens, *, name="model", seed=42, tp=None):
         self.model, self.tokens, self.name, self.seed = model, tokens, name, seed
         self.device = next(model.parameters()).device
+        self.ranks = parallel.Group(tp, self.device)
         self.dtype = str(model.dtype).removeprefix("torch.")
 
     def using(self, method):
@@ -203,7 +207,7 @@ class Session:
             prefill_s=(clock.first or end) - start,
             total_s=end - start,
             peak_gb=torch.cuda.max_memory_allocated(self.device) / 1e9 if cuda else None,
-            **self.counts(calls),
+            **self.ranks.over_heads(self.counts(calls)),
         )
 
     def prefill(self, ids, method, tick=lambda: None):
