@@ -80,11 +80,11 @@ resources: ## registers, shared memory and spills of the CUDA kernels as they we
 symbols: build ## what the libraries import and export: torch 2.10, CPython 3.10
 	$(PY) tools/check_symbols.py pbs_attn/_C*.so
 
-unit: build emu $(VENV)/.dev ## pytest
-	$(OFFLINE) $(PY) -m pytest -q -m "not long" $(PYTEST_ARGS)
+unit: build emu $(VENV)/.dev ## pytest: a process per core, so one thread each
+	$(OFFLINE) OMP_NUM_THREADS=1 $(PY) -m pytest -q -m "not long" $(PYTEST_ARGS)
 
 tf457: build $(VENV)/.dev $(VENV_TF457)/.ready ## the reduced matrix under transformers 4.57
-	$(OFFLINE) $(VENV_TF457)/bin/python -m pytest -q -m tf457 $(PYTEST_ARGS)
+	$(OFFLINE) OMP_NUM_THREADS=1 $(VENV_TF457)/bin/python -m pytest -q -m tf457 $(PYTEST_ARGS)
 
 demo-short: build $(VENV)/.dev
 	$(OFFLINE) $(PY) -m pbs_attn run --length 2k

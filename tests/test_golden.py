@@ -329,8 +329,8 @@ def test_tau_one_rows_are_really_lost_somewhere():
 
 @every_file
 def test_deviation_xattention_fills_after_forcing(label):
-    """The authors put the first and the own block in front before they fill up to tau; we force
-    them after the prefix. Theirs is a superset, and ours reaches tau without what theirs adds."""
+    """The authors look at the sum one block too late (pbs_attn/methods/authors.py); we take the
+    prefix and force afterwards. Theirs is a superset; ours reaches tau without what it adds."""
     golden = GOLDEN[label]
     ours, theirs = golden["spec.xattn.final.tau9"], golden["orig.xattn.tau9"]
     assert (ours <= theirs).all()
