@@ -235,6 +235,16 @@ def test_bad_thresholds_are_found_before_work_starts(value, said, tmp_path):
         methods.get(f"xattention:thresholds={tmp_path / 'absent.json'}")
 
 
+def test_thresholds_of_another_stride_are_refused(tmp_path):
+    found = {"method": "xattention", "block_size": 128, "stride": 16, "layers": [[0.5, 1]]}
+    path = thresholds(tmp_path, found)
+    assert methods.get(f"xattention:stride=16,thresholds={path}").tau_heads(0, 2, "cpu")[0] == 0.5
+    with pytest.raises(ValueError, match="stride is 8; allowed: 16, which .* was measured with"):
+        methods.get(f"xattention:thresholds={path}")
+    with pytest.raises(ValueError, match="block_size is 64; allowed: 128"):
+        methods.get(f"xattention:block=64,stride=16,thresholds={path}")
+
+
 def test_thresholds_that_do_not_fit_the_call(tmp_path):
     method = methods.get(f"xattention:thresholds={thresholds(tmp_path, [[0.5, 1]])}")
     for layer, heads, said in ((None, 2, "are per layer"), (1, 2, "1 layers; needed: layer 1"),

@@ -9,7 +9,7 @@ import json
 import math
 import os
 from dataclasses import dataclass, fields
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 
@@ -79,7 +79,9 @@ class KernelMethod(Method):
             raise type(error)(f"{self.NAME}: {str(error).removeprefix('PBSConfig: ')}") from error
         object.__setattr__(self, "tau", config.tau)
         if self.thresholds is not None:
-            _threshold_table(self.thresholds)
+            for name, value in _read_thresholds(self.thresholds).measured_with.items():
+                if getattr(self, name) != value:
+                    self.fail(name, f"{value}, which {self.thresholds} was measured with")
 
     @functools.cached_property
     def config(self):
@@ -96,7 +98,7 @@ class KernelMethod(Method):
         """fp32 [num_heads]: tau per query head from the thresholds; None without them."""
         if self.thresholds is None:
             return None
-        table = _threshold_table(self.thresholds)
+        table = _read_thresholds(self.thresholds).table
         where = f"{self.NAME}: thresholds {self.thresholds}"
         if layer is None:
             raise ValueError(f"{where} are per layer; allowed: in a model, or tau=NUMBER")
@@ -112,21 +114,28 @@ class KernelMethod(Method):
 _CONFIG_NAMES = tuple(each.name for each in fields(PBSConfig))
 
 
-def _threshold_table(path):
-    """((tau, ...), ...) of a JSON file [layers][query heads]; ValueError names what is wrong."""
+class _Thresholds(NamedTuple):
+    table: tuple  # ((tau, ...), ...) by layer and query head
+    measured_with: dict  # parameters that they hold for; empty where the file does not say
+
+
+def _read_thresholds(path):
+    """_Thresholds of a JSON file; ValueError names what is wrong."""
     try:
         path = os.path.expanduser(path)
-        return _read_table(path, os.stat(path).st_mtime_ns)
+        return _read_file(path, os.stat(path).st_mtime_ns)
     except (OSError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"thresholds {path}: {error}") from error
 
 
 @functools.lru_cache(maxsize=16)
-def _read_table(path, _changed):
+def _read_file(path, _changed):
     with open(path, encoding="utf-8") as file:
         table = json.load(file)
-    if isinstance(table, dict) and table.get("method") == "xattention":
-        table = table.get("layers")  # what `eval calibrate` writes
+    measured_with = {}
+    if isinstance(table, dict) and table.get("method") == "xattention":  # by `eval calibrate`
+        measured_with = {name: table[name] for name in ("block_size", "stride") if name in table}
+        table = table.get("layers")
     if not isinstance(table, list) or not all(isinstance(row, list) for row in table) or not table:
         raise TypeError("allowed: a list over layers of lists over query heads")
     for i, row in enumerate(table):
@@ -134,7 +143,8 @@ def _read_table(path, _changed):
             is_number = isinstance(tau, (int, float)) and not isinstance(tau, bool)
             if not is_number or not math.isfinite(tau) or tau < 0:
                 raise TypeError(f"[{i}][{j}] is {tau!r}; allowed: a finite number >= 0")
-    return tuple(tuple(float(tau) for tau in row) for row in table)
+    table = tuple(tuple(float(tau) for tau in row) for row in table)
+    return _Thresholds(table, measured_with)
 
 
 @dataclass(frozen=True, kw_only=True)
