@@ -31,7 +31,7 @@ BAD_CALLS = {
     "heads do not divide": ({"q": Q[:, :3]}, ValueError, "q heads is 3.*multiple of the 2 heads"),
     "no key heads": ({"k": K[:, :0], "v": K[:, :0]}, ValueError, "q heads is 4"),
     "layout": ({"layout": "bshd"}, ValueError, "layout is 'bshd'.*bhnd, bnhd"),
-    "config": ({"config": {"tau": 0.9}}, TypeError, "config is dict.*PBSConfig"),
+    "config": ({"config": {"tau": 0.9}}, TypeError, "config is a dict.*PBSConfig"),
     "scale 0": ({"softmax_scale": 0.0}, ValueError, "softmax_scale is 0.0"),
     "scale nan": ({"softmax_scale": float("nan")}, ValueError, "softmax_scale is nan"),
     "scale text": ({"softmax_scale": "1"}, TypeError, "softmax_scale is '1'"),
