@@ -15,9 +15,7 @@ import pytest
 import transformers
 
 if int(transformers.__version__.split(".")[0]) < 5:  # the second environment, behind the first
-    pytest.skip(
-        "lm_eval's datasets wants the hub package of transformers 5", allow_module_level=True
-    )
+    pytest.skip("lm_eval wants the hub package of transformers 5", allow_module_level=True)
 
 evaluator = pytest.importorskip("lm_eval.evaluator")
 manager = pytest.importorskip("lm_eval.tasks.manager")
