@@ -14,14 +14,7 @@ from . import CommandError
 
 def listing():
     """A line per method, for --help."""
-    lines = []
-    for name in registry.METHODS:
-        try:
-            about = registry.find(name).ABOUT
-        except ModuleNotFoundError as error:
-            about = f"not in this build: {error}"
-        lines.append(f"  {name:<12} {about}")
-    return "\n".join(lines)
+    return "\n".join(f"  {name:<12} {registry.find(name).ABOUT}" for name in registry.METHODS)
 
 
 def parse(text, base=None):

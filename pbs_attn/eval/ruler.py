@@ -18,7 +18,7 @@ from . import (
     ruler_text,
     texts,
 )
-from .jobs import BadRow, Job, Plan, prompt_cost
+from .jobs import BadRow, Job, Plan, prompt_cost, row_score
 from .longbench import generated
 from .tables import average, number
 
@@ -246,7 +246,7 @@ def running(records):
     """For the progress bar: the mean score of each method so far."""
     found = {}
     for record in records:
-        found.setdefault(record["method"], []).append(ruler_scores.row_score(record))
+        found.setdefault(record["method"], []).append(row_score(record))
     return ", ".join(f"{name} {100 * sum(s) / len(s):.1f}" for name, s in found.items())
 
 
