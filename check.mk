@@ -5,6 +5,7 @@
 CHECK_WARN := -Wall -Wextra -Wconversion -Wshadow -Wstrict-prototypes -Werror
 CHECK_FLAGS := -std=c11 -ffp-contract=off -Icsrc -Icsrc/include $(CHECK_WARN)
 CHECK_SAN := -O1 -g -DPBS_TEST_THIN=3 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
+CHECK_TSAN := -O2 -g -DPBS_TEST_THIN=5 -fsanitize=thread -fno-omit-frame-pointer
 CHECK_LIB := $(wildcard csrc/core/*.c csrc/cpu/*.c)
 CHECK_TESTS := $(wildcard tests/c/*.c)
 CHECK_DEPS := $(wildcard csrc/*/*.h csrc/*/*.inc csrc/*/*/*.h tests/c/*.h) check.mk
@@ -16,11 +17,12 @@ CHECK_GCC ?= $(firstword $(shell command -v gcc 2>/dev/null))
 # of it, all inlined, that optimising costs more time than it saves: $2 is what they get instead.
 ifeq ($(shell uname -m),x86_64)
 CHECK_AVX512 := -mavx512f -mavx512bw -mavx512dq -mavx512vl
-check_isa = $(if $(findstring emu_,$1),$2,$(if $(findstring avx512bf16,$1),$(CHECK_AVX512) \
-	-mavx512bf16,$(if $(findstring avx512,$1),$(CHECK_AVX512),$(if $(findstring avx2,$1),-mavx2 \
-	-mfma -mf16c))))
+check_isa = $(if $(findstring emu_,$1),$2,$(if $(findstring avx512bf16,$1)$(findstring isa_amx,$1),\
+	$(CHECK_AVX512) -mavx512bf16,$(if $(findstring avx512,$1),$(CHECK_AVX512),$(if \
+	$(findstring avx2,$1),-mavx2 -mfma -mf16c))))
 else
-CHECK_LIB := $(filter-out csrc/cpu/isa_avx%.c,$(CHECK_LIB))
+CHECK_LIB := $(filter-out csrc/cpu/isa_avx%.c csrc/cpu/isa_amx.c,$(CHECK_LIB))
+CHECK_TESTS := $(filter-out tests/c/vec_avx%.c,$(CHECK_TESTS))
 check_isa = $(if $(findstring emu_,$1),$2)
 endif
 
@@ -45,9 +47,10 @@ endef
 $(eval $(call check_build,gcc,$(CHECK_GCC),-O2,-O1))
 $(eval $(call check_build,clang,$(CHECK_CLANG),-O2 -DPBS_TEST_THIN=3,-O1))
 $(eval $(call check_build,san,$(or $(CHECK_GCC),$(CHECK_CLANG)),$(CHECK_SAN),-O0))
+$(eval $(call check_build,tsan,$(or $(CHECK_GCC),$(CHECK_CLANG)),$(CHECK_TSAN),-O0))
 
-.PHONY: check check-gcc check-clang check-san
-check: check-gcc check-clang check-san ## the C core and its tests: gcc, clang, sanitizers
+.PHONY: check check-gcc check-clang check-san check-tsan
+check: check-gcc check-clang check-san check-tsan ## the C core and its tests: gcc, clang, sanitizers
 
 # A compiler that is not there: one loud line for a user, an error for CI.
 check_missing = echo "*** $1: not found, its checks were NOT run ***" >&2; test "$${CI:-0}" = 0
@@ -60,3 +63,6 @@ check-clang: ## the same, clang alone
 
 check-san: ## the same under the address and undefined-behaviour sanitizers
 	@$(if $(or $(CHECK_GCC),$(CHECK_CLANG)),$(MAKE) --no-print-directory -s -j$(shell nproc) -f check.mk check-run-san,$(call check_missing,cc))
+
+check-tsan: ## what threads share, under the thread sanitizer
+	@$(if $(or $(CHECK_GCC),$(CHECK_CLANG)),$(MAKE) --no-print-directory -s -j$(shell nproc) -f check.mk check-run-tsan CHECK_ARGS=threads,$(call check_missing,cc))

@@ -53,6 +53,7 @@ AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl"
 # a minute each and gains nothing, -O1 runs up to ten times slower.
 ISA_FLAGS = {
     "emu_": "-O2",
+    "isa_amx": f"{AVX512} -mavx512bf16",
     "avx512bf16": f"{AVX512} -mavx512bf16",
     "avx512": AVX512,
     "avx2": "-mavx2 -mfma -mf16c",

@@ -49,7 +49,7 @@ class Prefill(ctypes.Structure):
         ("stride", c_int32), ("reduce", c_int), ("rule", c_int), ("tau", c_float), ("out", View),
         ("lse", View), ("count", c_void_p), ("bits", c_void_p), ("k_perm", c_void_p),
         ("q_perm", c_void_p), ("workspace_cap", c_size_t), ("workspace", c_void_p),
-        ("workspace_bytes", c_size_t), ("exec", Exec),
+        ("workspace_bytes", c_size_t), ("exec", Exec), ("counters", c_void_p),
     ]  # fmt: skip
 
 

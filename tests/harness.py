@@ -14,8 +14,9 @@ ISAS = tuple(name for name, runs in _load.load().cpu_capabilities().items() if r
 
 
 def takes(isa, dtype):
-    """The bf16 dot product serves bf16 alone; asked for another dtype, a call runs its kin."""
-    return dtype == torch.bfloat16 or not isa.endswith("bf16")
+    """bf16 dot products and tiles serve bf16 alone; asked for another dtype, a call runs their
+    kin."""
+    return dtype == torch.bfloat16 or not isa.endswith(("bf16", "amx"))
 
 
 def config_of(**changes):

@@ -53,6 +53,9 @@ def test_cpu_capabilities():
     assert "sm80" not in capabilities
     for dtype in DTYPES:
         assert capabilities[C.isa(dtype)]
+    missing = C.missing_isas()
+    assert set(missing) == {name for name, runs in capabilities.items() if not runs}
+    assert all(missing.values())
 
 
 def test_forced_isa_is_seen_in_a_new_process():

@@ -395,6 +395,10 @@ def test_doctor(capsys):
     printed = capsys.readouterr().out
     for word in ("python", "torch", "library     cpu", "library     cuda", "self test", "all well"):
         assert word in printed
+    from pbs_attn import _load
+
+    for name, why in _load.C.missing_isas().items():
+        assert f"{name} ({why})" in printed
     assert main("doctor", "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert found["ok"] and len(found["self_test"]) == 3

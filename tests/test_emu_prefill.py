@@ -207,6 +207,14 @@ def test_waves_of_one_head_give_the_same_bits(backend, permute, given):
         assert torch.equal(three[0], three[2].cpu()), f"{name} of several waves"
 
 
+def test_counters_of_the_host_are_refused(backend):
+    x = torch.randn(1, 1, 128, 64).bfloat16().to(backend.device)
+    counters = torch.zeros(4, dtype=torch.int64)
+    with pytest.raises(AssertionError, match='status 8: counters: given; the backend "cuda"'):
+        abi.Library(backend.path).prefill(x, x, x, config_of(**SMALL), counters=counters)
+    assert not counters.any()
+
+
 def orders(batch, heads, seqlen, lengths, segment=SMALL["segment_size"]):
     """int32 [B, H, N]: another order in every segment of every head; the tail keeps its own."""
     g = torch.Generator().manual_seed(0)

@@ -88,7 +88,9 @@ def test_fakes_tell_the_truth(op, args, kwargs):
         assert (got.shape, got.dtype, got.stride()) == (want.shape, want.dtype, want.stride())
 
 
-@pytest.mark.parametrize("isa", ["auto", "c", "emu_avx2", "emu_avx512", "emu_avx512bf16"])
+@pytest.mark.parametrize(
+    "isa", ["auto", "c", "emu_avx2", "emu_avx512", "emu_avx512bf16", "emu_amx"]
+)
 @pytest.mark.parametrize("dtype", cases.DTYPES)
 def test_packed_bytes_are_exact_for_every_isa(isa, dtype):
     q, k, v = cases.make_inputs(82, (4, 2), 600, head_dim=40, dtype=dtype)

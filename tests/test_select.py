@@ -74,6 +74,19 @@ def test_antidiagonal_strides(stride, reduce, permute):
     check(*inputs, config_of(select="antidiagonal", stride=stride, reduce=reduce, permute=permute))
 
 
+@pytest.mark.parametrize("block_size", cases.BLOCK_SIZES)
+@pytest.mark.parametrize("stride", [8, 16, 32, 64])
+def test_antidiagonal_after_a_prefix(block_size, stride):
+    """More groups of keys than the kernels meet at once, ragged ends on both sides."""
+    seqlen_q, seqlen_k = block_size + stride + 5, 64 * stride + 2 * block_size + 77
+    case = cases.Case("after a prefix", seqlen_q, seqlen_k, batch=1)
+    inputs = cases.make_inputs(33, (2, 1), case=case)
+    blocks = {"block_size": block_size, "segment_size": block_size}
+    for permute, reduce in (("keys", "max"), ("none", "sum")):
+        options = {"permute": permute, "reduce": reduce, "stride": stride, **blocks}
+        check(*inputs, config_of(select="antidiagonal", **options), case)
+
+
 @pytest.mark.parametrize("method", cases.METHODS)
 @pytest.mark.parametrize("case", cases.geometries(), ids=lambda case: case.name)
 def test_geometries_and_nan_padding(method, case):

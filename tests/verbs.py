@@ -19,15 +19,18 @@ ENUMS = {  # the numbers of csrc/include/pbs/pbs.h
     "rule": ("prefix", "relative", "absolute", "budget"),
     "own": ("segment", "block", "mask", "none", "all"),
 }
-ISAS = (None, "c", "avx2", "avx512", "avx512bf16", "emu_avx2", "emu_avx512", "emu_avx512bf16")
+ISAS = {
+    "c": 1, "avx2": 2, "avx512": 3, "avx512bf16": 4, "amx": 9,
+    "emu_avx2": 5, "emu_avx512": 6, "emu_avx512bf16": 7, "emu_amx": 10,
+}  # fmt: skip
 WHOLE = (None, None, None, None, 0, 0)  # no geometry
 
 
 def available_isas():
     """Every instruction set that is compiled in and that this CPU can run."""
     able = pbs_attn._C.cpu_capabilities()
-    assert set(able) == set(ISAS[1:]), f"{sorted(able)} are not {ISAS[1:]}"
-    return [name for name in ISAS[1:] if able[name]]
+    assert set(able) == set(ISAS), f"{sorted(able)} are not {sorted(ISAS)}"
+    return [name for name in ISAS if able[name]]
 
 
 def number(kind, name):
@@ -69,7 +72,7 @@ class Ops:
     device the ops run on."""
 
     def __init__(self, isa=None, namespace=torch.ops.pbs_attn, device="cpu"):
-        self.isa = ISAS.index(isa)
+        self.isa = ISAS[isa] if isa else 0
         self.namespace = namespace
         self.device = torch.device(device)
 

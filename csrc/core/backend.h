@@ -18,7 +18,8 @@ struct pbs_backend {
     /* Pointers of a call are a device's: the host looks at sizes and never at what they point to.
      */
     int on_device;
-    int (*available)(pbs_isa isa); /* built in, and this machine can run it */
+    int (*available)(pbs_isa isa);       /* built in, and this machine can run it */
+    const char *(*missing)(pbs_isa isa); /* why it is not; NULL if it is */
     /* Kernels for a call, or an error that names what was asked for. *isa: which ones. */
     pbs_status (*choose)(const pbs_exec *exec, pbs_dtype dtype, const void **kernels, pbs_isa *isa);
 

@@ -1,4 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
+#include "backend.h"
 #include "check_common.h"
 
 #include <stdint.h>
@@ -129,6 +130,18 @@ pbs_status pbs_check_select(const pbs_select_params *params, pbs_check_mode mode
     return pbs_check_query_perm("q_perm", p->q_perm, d);
 }
 
+/* Read and written by the host alone. */
+static pbs_status check_counters(const pbs_work_counters *counters, const pbs_dims *d) {
+    if (!counters) return PBS_OK;
+    if (d->backend->on_device)
+        return pbs_fail(PBS_ERR_UNSUPPORTED, "counters: given; the backend \"%s\" keeps none",
+                        d->backend->name);
+    if ((uintptr_t)counters % _Alignof(pbs_work_counters))
+        return pbs_fail(PBS_ERR_VALUE, "counters: %p; 8-byte alignment is needed",
+                        (const void *)counters);
+    return PBS_OK;
+}
+
 static pbs_status check_attend_blocks(const pbs_attend_params *p, pbs_dims *d) {
     PBS_TRY(pbs_check_enum("own", (int)p->own, 5));
     PBS_TRY(pbs_check_blocks("block_q", p->block_q, "block_k", p->block_k, d));
@@ -162,6 +175,7 @@ pbs_status pbs_check_attend(const pbs_attend_params *params, pbs_check_mode mode
         return pbs_fail(PBS_ERR_SHAPE, "heads_sel: %d; q's heads (%d) or k's (%d) are allowed",
                         p->heads_sel, d->heads_q, d->heads_k);
     PBS_TRY(pbs_check_exec(&p->exec, d));
+    PBS_TRY(check_counters(p->counters, d));
     if (!running(mode)) return PBS_OK;
     if (p->own != PBS_OWN_ALL)
         PBS_TRY(
@@ -186,6 +200,7 @@ pbs_status pbs_check_prefill(const pbs_prefill_params *params, pbs_check_mode mo
     PBS_TRY(check_method(p->method, p->stride, p->reduce, p->rule, p->block_size));
     PBS_TRY(pbs_check_tau(p->tau, p->tau_heads, d));
     PBS_TRY(pbs_check_exec(&p->exec, d));
+    PBS_TRY(check_counters(p->counters, d));
     if (!running(mode)) return PBS_OK;
     PBS_TRY(pbs_check_output("out", &p->out, d, d->head_dim, p->q.dtype));
     if (p->lse.data) PBS_TRY(pbs_check_output("lse", &p->lse, d, 1, PBS_DTYPE_FP32));

@@ -185,8 +185,19 @@ pbs_status pbs_check_enum(const char *name, int value, int count) {
     return pbs_fail(PBS_ERR_VALUE, "%s: %d; 0..%d is allowed", name, value, count - 1);
 }
 
+/* x, positive, rounded to nearest whatever rounding mode the caller has set: that can move x by its
+ * last bit only. */
+static float nearest_float(double x) {
+    uint64_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    bits = (bits + 0x0fffffff + (bits >> 29 & 1)) & ~UINT64_C(0x1fffffff);
+    memcpy(&x, &bits, sizeof x);
+    return (float)x;
+}
+
 pbs_status pbs_check_scale(float *softmax_scale, int32_t head_dim) {
-    if (*softmax_scale == 0.0f) *softmax_scale = 1.0f / sqrtf((float)head_dim);
+    if (*softmax_scale == 0.0f)
+        *softmax_scale = nearest_float(1.0 / (double)nearest_float(sqrt((double)head_dim)));
     if (isfinite(*softmax_scale) && *softmax_scale > 0.0f) return PBS_OK;
     return pbs_fail(PBS_ERR_VALUE,
                     "softmax_scale: %g; a positive finite number, or 0 for head_dim^-0.5",

@@ -17,6 +17,8 @@ const char *pbs_isa_name(pbs_isa isa) {
     case PBS_ISA_EMU_AVX512: return "emu_avx512";
     case PBS_ISA_EMU_AVX512_BF16: return "emu_avx512bf16";
     case PBS_ISA_SM80: return "sm80";
+    case PBS_ISA_AMX: return "amx";
+    case PBS_ISA_EMU_AMX: return "emu_amx";
     case PBS_ISA_COUNT: break;
     }
     return NULL;
@@ -31,6 +33,8 @@ pbs_isa pbs_isa_from_name(const char *name) {
 int pbs_isa_available(pbs_isa isa) {
     return isa != PBS_ISA_AUTO && pbs_backend_for(isa)->available(isa);
 }
+
+const char *pbs_isa_missing(pbs_isa isa) { return pbs_backend_for(isa)->missing(isa); }
 
 pbs_isa pbs_isa_for(pbs_isa wanted, pbs_dtype dtype) {
     const void *kernels;

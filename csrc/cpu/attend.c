@@ -2,6 +2,9 @@
  *
  * attend over batches, heads and query blocks, the longest lists first.
  */
+#define _POSIX_C_SOURCE 199309L /* clock_gettime */
+#include <time.h>
+
 #include "../core/bits.h"
 #include "cpu.h"
 #include "packed.h"
@@ -128,14 +131,12 @@ static char *output_at(const pbs_view *v, int32_t b, int32_t h, int64_t start) {
     return (char *)(uintptr_t)pbs_head_rows(v, b, h, start).base;
 }
 
-/* Entry of run->order: query block m of head hq of sequence b. */
-static void attend_item(void *context, int64_t item, int32_t slot) {
-    const attend_run *run = (const attend_run *)context;
+/* Query block m of head hq of sequence b. */
+static void attend_rows(const attend_run *run, int32_t b, int32_t hq, int32_t m, int32_t slot,
+                        uint64_t *rescales) {
     const pbs_attend_params *p = run->p;
     const pbs_dims *d = run->d;
-    int64_t head = run->order[item] / d->blocks_q;
-    int32_t m = (int32_t)(run->order[item] % d->blocks_q), first = m * d->block_q;
-    int32_t b = (int32_t)(head / d->heads_q), hq = (int32_t)(head % d->heads_q);
+    int32_t first = m * d->block_q;
     int32_t hk = hq / d->group, hp = pbs_owner_head(d, hq);
     pbs_seq s = pbs_dims_seq(d, b);
     span sp = span_of(run, s, m);
@@ -161,6 +162,7 @@ static void attend_item(void *context, int64_t item, int32_t slot) {
         .out_stride = p->out.stride[2],
         .lse = p->lse.data ? (float *)(void *)output_at(&p->lse, b, hq, s.q_start) : NULL,
         .lse_stride = p->lse.data ? p->lse.stride[2] : 0,
+        .rescales = rescales,
         .scratch = run->scratch + (size_t)slot * run->scratch_bytes,
     };
     run->k->attend_block(&job);
@@ -168,9 +170,38 @@ static void attend_item(void *context, int64_t item, int32_t slot) {
 
 static int32_t blocks_of(const attend_run *run, pbs_seq s, int32_t b, int32_t hq, int32_t m) {
     span sp = span_of(run, s, m);
-    int32_t own = pbs_ceil_div(pbs_max_i32(sp.own_end - sp.own_begin, 0), run->d->block_k);
+    int32_t end = pbs_max_i32(sp.own_end, sp.own_begin), block = run->d->block_k;
+    if (run->p->own == PBS_OWN_MASK && end > 0)
+        return pbs_count_bits(bits_of(run, b, hq, m), pbs_ceil_div(end, block));
+    int32_t own = pbs_ceil_div(end - sp.own_begin, block);
     if (sp.hist_end == 0) return own;
     return own + pbs_count_bits(bits_of(run, b, hq, m), sp.hist_end);
+}
+
+static uint64_t now_ns(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * UINT64_C(1000000000) + (uint64_t)t.tv_nsec;
+}
+
+/* Entry of run->order. */
+static void attend_item(void *context, int64_t item, int32_t slot) {
+    const attend_run *run = (const attend_run *)context;
+    const pbs_dims *d = run->d;
+    int64_t head = run->order[item] / d->blocks_q;
+    int32_t m = (int32_t)(run->order[item] % d->blocks_q);
+    int32_t b = (int32_t)(head / d->heads_q), hq = (int32_t)(head % d->heads_q);
+    if (!run->p->counters) {
+        attend_rows(run, b, hq, m, slot, NULL);
+        return;
+    }
+    uint64_t rescales = 0, begin = now_ns();
+    attend_rows(run, b, hq, m, slot, &rescales);
+    pbs_work_counters *mine = run->p->counters + slot;
+    mine->items++;
+    mine->blocks += (uint64_t)blocks_of(run, pbs_dims_seq(d, b), b, hq, m);
+    mine->rescales += rescales;
+    mine->busy_ns += now_ns() - begin;
 }
 
 /* Counting sort by descending number of blocks; equal ones stay by (batch, head, block), so that
@@ -228,8 +259,8 @@ pbs_status pbs_cpu_attend(const pbs_attend_params *p, const pbs_dims *d, const v
         pbs_packed_layout(d, 0, k, run.own);
         memset(pbs_packed_heads(run.own), 0, (size_t)d->heads_p * sizeof(int32_t));
         int64_t panels = (int64_t)d->batch * d->heads_k * run.own->panels;
-        pbs_run(&p->exec, panels, pack_item, &run);
+        pbs_run(&p->exec, k, panels, pack_item, &run);
     }
-    pbs_run(&p->exec, sort_items(&run), attend_item, &run);
+    pbs_run(&p->exec, k, sort_items(&run), attend_item, &run);
     return PBS_OK;
 }

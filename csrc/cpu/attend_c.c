@@ -52,6 +52,7 @@ static void step(const pbs_attend_job *job, const state *st, int32_t i, const fl
     s *= job->scale_log2;
     if (s > st->row_max[i]) {
         float shrink = exp2f(st->row_max[i] - s);
+        if (job->rescales && st->row_max[i] > -INFINITY) ++*job->rescales;
         st->row_max[i] = s;
         st->row_sum[i] *= shrink;
         for (int32_t d = 0; d < job->head_dim; d++) acc[d] *= shrink;

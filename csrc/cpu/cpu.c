@@ -1,10 +1,11 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * Which kernel table a call gets. The order of pbs_isa is the order of preference: a wanted set
- * that does not take the dtype (bf16 dot products and fp32) falls to the next one below it, the
+ * Which kernel table a call gets. isa_list.inc is in ascending order of preference: a wanted set
+ * that does not take the dtype (bf16 dot products and fp32) falls to the next one before it, the
  * emulated ones among themselves.
  */
 #include "cpu.h"
+#include "tile_permission.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -13,18 +14,34 @@
 #include "isa_list.inc"
 #undef PBS_CPU_ISA
 
-static const pbs_cpu_kernels *table_of(pbs_isa isa) {
-    switch ((int)isa) {
-#define PBS_CPU_ISA(isa_, table, name) \
-    case isa_:                         \
-        return table.runs_here() ? &table : NULL;
+static const pbs_cpu_kernels *const tables[] = {
+#define PBS_CPU_ISA(isa, table, name) &table,
 #include "isa_list.inc"
 #undef PBS_CPU_ISA
-    default: return NULL;
-    }
+};
+
+enum { TABLES = sizeof tables / sizeof *tables };
+
+/* Where a set stands in the list; -1: not built. */
+static int index_of(pbs_isa isa) {
+    for (int i = 0; i < TABLES; i++)
+        if (tables[i]->isa == isa) return i;
+    return -1;
 }
 
-static int available(pbs_isa isa) { return table_of(isa) != NULL; }
+static int emulated(int index) { return strncmp(tables[index]->name, "emu_", 4) == 0; }
+
+static int available(pbs_isa isa) {
+    int index = index_of(isa);
+    return index >= 0 && tables[index]->runs_here();
+}
+
+static const char *missing(pbs_isa isa) {
+    if (available(isa)) return NULL;
+    if (index_of(isa) < 0) return "not in this build";
+    if (isa == PBS_ISA_AMX) return pbs_tiles_missing();
+    return "this CPU does not have it";
+}
 
 static pbs_status choose(const pbs_exec *exec, pbs_dtype dtype, const void **kernels,
                          pbs_isa *chosen) {
@@ -37,21 +54,20 @@ static pbs_status choose(const pbs_exec *exec, pbs_dtype dtype, const void **ker
             wanted = pbs_isa_from_name(name);
             if (wanted == PBS_ISA_COUNT)
                 return pbs_fail(PBS_ERR_VALUE,
-                                "PBS_ATTN_ISA: \"%s\"; auto, c, avx2, avx512, avx512bf16 and emu_* "
-                                "are allowed",
+                                "PBS_ATTN_ISA: \"%s\"; auto, c, avx2, avx512, avx512bf16, amx and "
+                                "emu_* are allowed",
                                 name);
         }
     }
-    if (wanted != PBS_ISA_AUTO && !available(wanted))
-        return pbs_fail(PBS_ERR_UNSUPPORTED, "%s: %s; not built, or not on this CPU", from,
-                        pbs_isa_name(wanted));
-    int emulated = wanted >= PBS_ISA_EMU_AVX2;
-    int isa = wanted == PBS_ISA_AUTO ? PBS_ISA_AVX512_BF16 : (int)wanted;
-    for (int last = emulated ? PBS_ISA_EMU_AVX2 : PBS_ISA_C; isa >= last; isa--) {
-        const pbs_cpu_kernels *table = table_of((pbs_isa)isa);
-        if (!table || !table->takes(dtype)) continue;
-        *kernels = table;
-        *chosen = table->isa;
+    int index = wanted == PBS_ISA_AUTO ? TABLES - 1 : index_of(wanted);
+    const char *lack = wanted == PBS_ISA_AUTO ? NULL : missing(wanted);
+    if (lack) return pbs_fail(PBS_ERR_UNSUPPORTED, "%s: %s; %s", from, pbs_isa_name(wanted), lack);
+    const int may_emulate = wanted != PBS_ISA_AUTO && emulated(index);
+    for (; index >= 0; index--) {
+        if (emulated(index) != may_emulate) continue;
+        if (!tables[index]->takes(dtype) || !tables[index]->runs_here()) continue;
+        *kernels = tables[index];
+        *chosen = tables[index]->isa;
         return PBS_OK;
     }
     return pbs_fail(PBS_ERR_UNSUPPORTED, "dtype: %d; no kernel takes it", (int)dtype);
@@ -75,6 +91,7 @@ static pbs_status fill_identity(const pbs_exec *exec, int32_t *perm, int64_t hea
 const pbs_backend pbs_cpu_backend = {
     .name = "cpu",
     .available = available,
+    .missing = missing,
     .choose = choose,
     .score_bytes = pbs_cpu_score_bytes,
     .score = pbs_cpu_score,

@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "isa_c.h"
+#include "state.h"
 
 static int runs_everywhere(void) { return 1; }
 
@@ -12,6 +13,8 @@ const pbs_cpu_kernels pbs_kernels_c = {
     .name = "c",
     .runs_here = runs_everywhere,
     .takes = takes_all,
+    .enter = pbs_enter_mxcsr,
+    .leave = pbs_leave_mxcsr,
     .panel_bytes = pbs_panel_bytes_c,
     .pack = pbs_pack_c,
     .pool_add = pbs_pool_add_c,
@@ -19,6 +22,12 @@ const pbs_cpu_kernels pbs_kernels_c = {
     .score_stats = pbs_score_stats_c,
     .score_columns = pbs_score_columns_c,
     .gemm_nt = pbs_gemm_nt_c,
+    .log_softmax = pbs_log_softmax_c,
+    .antidiagonal_lanes = 1,
+    .antidiagonal_scratch = pbs_antidiagonal_scratch_c,
+    .antidiagonal_pack = pbs_antidiagonal_pack_c,
+    .antidiagonal_sums = pbs_antidiagonal_sums_c,
+    .antidiagonal_shares = pbs_antidiagonal_shares_c,
     .attend_scratch = pbs_attend_scratch_c,
     .attend_block = pbs_attend_block_c,
 };

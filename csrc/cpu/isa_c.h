@@ -19,6 +19,11 @@ void pbs_pool_add_c(const pbs_rows *rows, int32_t count, int32_t head_dim, float
 /* select_c.c */
 void pbs_gemm_nt_c(int32_t rows, int32_t cols, int32_t depth, float scale, const float *a,
                    int64_t lda, const float *b, int64_t ldb, float *c, int64_t ldc);
+void pbs_log_softmax_c(float *x, int32_t n);
+size_t pbs_antidiagonal_scratch_c(const pbs_antidiagonal_job *job);
+void pbs_antidiagonal_pack_c(const pbs_antidiagonal_job *job);
+void pbs_antidiagonal_sums_c(const pbs_antidiagonal_job *job);
+void pbs_antidiagonal_shares_c(const pbs_antidiagonal_shares *job);
 /* attend_c.c */
 size_t pbs_attend_scratch_c(int32_t head_dim, int32_t block_q);
 void pbs_attend_block_c(const pbs_attend_job *job);

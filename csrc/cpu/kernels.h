@@ -16,7 +16,7 @@
 
 #include "pbs/pbs.h"
 
-enum { PBS_MAX_PANEL_KEYS = 128, PBS_ALIGN = 64 };
+enum { PBS_MAX_PANEL_KEYS = 128, PBS_SCORE_STEP = 128, PBS_ALIGN = 64 };
 
 /* Rows of one head of one sequence, as the caller's tensor has them. Row i is
  * base + (index ? index[i] : i) * stride elements. */
@@ -28,8 +28,7 @@ typedef struct pbs_rows {
 } pbs_rows;
 
 typedef struct pbs_pack_job {
-    pbs_rows k;    /* rows [0, count) are packed */
-    pbs_rows v;    /* base NULL: the V part is not written */
+    pbs_rows k, v; /* rows [0, count) are packed; base NULL: that part is not written */
     int32_t count; /* 0..keys */
     int32_t keys;  /* panel keys: 64 or 128 */
     int32_t head_dim;
@@ -45,9 +44,42 @@ typedef struct pbs_score_job {
     int32_t head_dim;
     float scale_log2;         /* softmax_scale * log2(e) */
     float *row_max, *row_sum; /* [probe_rows] stats: out, of this chunk; columns: in, of all keys */
+    float *step_max;          /* [steps, probe_rows] row_max as it was after PBS_SCORE_STEP keys
+                                 each; stats to columns */
+    float *kept;              /* [steps, probe_rows, PBS_SCORE_STEP] 2^(s - step_max), stats to
+                                 columns; NULL: columns computes it again, to the same bit */
     float *score;             /* [count] columns: out, mean over probe rows of 2^(s - max) / sum */
     void *scratch;            /* score_scratch() bytes */
 } pbs_score_job;
+
+/* Antidiagonal scores: a band of query groups (lanes) against a chunk of key groups, `stride` rows
+ * each. Rows count from the first of the band or chunk; those that do not exist are zeros. Arrays
+ * over lanes have a multiple of antidiagonal_lanes; lanes beyond the groups that exist see nothing.
+ * pack comes first, then sums for each chunk. */
+typedef struct pbs_antidiagonal_job {
+    pbs_rows q, k;            /* rows [0, q_count) and [0, k_count) exist */
+    int32_t q_count, k_count; /* 0 or less: none */
+    int32_t head_dim, stride;
+    int32_t lanes;
+    int32_t key_groups;     /* of the chunk: whole key blocks */
+    int32_t per_block;      /* key groups in a key block */
+    float scale_log2;       /* softmax_scale * log2(e) / stride */
+    const int32_t *visible; /* [lanes] of the chunk, groups [0, visible) are seen */
+    float *panel;           /* [lanes * stride * head_dim] pack: out; sums: in */
+    float *max;             /* [lanes] out: of the chunk, in whole log2 units */
+    float *sum;             /* [key blocks, lanes] out: of 2^(z - max), 0 where nothing is seen */
+    void *scratch;          /* antidiagonal_scratch() bytes, for the largest chunk */
+} pbs_antidiagonal_job;
+
+/* Sums of all chunks to shares of their lane's total, in place; 0 in a lane that sees nothing. */
+typedef struct pbs_antidiagonal_shares {
+    int32_t lanes;
+    int32_t blocks; /* key blocks */
+    int32_t chunks; /* ceil(blocks / chunk_blocks) */
+    int32_t chunk_blocks;
+    const float *max; /* [chunks, lanes] */
+    float *sum;       /* [blocks, lanes] in and out */
+} pbs_antidiagonal_shares;
 
 /* One query block of one head.
  *   history: key blocks n < hist_end whose bit is set, whole, no mask, from hist_panels;
@@ -74,8 +106,15 @@ typedef struct pbs_attend_job {
     int64_t out_stride; /* elements */
     float *lse;         /* sequence's first row, or NULL; row r at lse + r * lse_stride */
     int64_t lse_stride;
-    void *scratch; /* attend_scratch() bytes, 64-byte aligned */
+    uint64_t *rescales; /* += rows whose maximum rose after their first keys; NULL: not counted */
+    void *scratch;      /* attend_scratch() bytes, 64-byte aligned */
 } pbs_attend_job;
+
+/* What enter() changed on this thread, for leave() to put back. */
+typedef struct pbs_cpu_state {
+    uint32_t mxcsr;
+    _Alignas(PBS_ALIGN) uint8_t tiles[64];
+} pbs_cpu_state;
 
 /* One line per instruction set in isa_list.inc: PBS_CPU_ISA(enum, table symbol, name). */
 typedef struct pbs_cpu_kernels {
@@ -83,6 +122,10 @@ typedef struct pbs_cpu_kernels {
     const char *name;
     int (*runs_here)(void);        /* this CPU and OS can execute the table */
     int (*takes)(pbs_dtype dtype); /* worth choosing for this dtype (bf16 dot: bf16 only) */
+
+    /* Around the items that a thread works on: all other entries expect the state of enter(). */
+    void (*enter)(pbs_cpu_state *saved);
+    void (*leave)(const pbs_cpu_state *saved);
 
     size_t (*panel_bytes)(int32_t head_dim, int32_t keys); /* multiple of 64; K then V */
     void (*pack)(const pbs_pack_job *job);
@@ -96,6 +139,13 @@ typedef struct pbs_cpu_kernels {
     /* c[i, j] = scale * sum_d a[i, d] * b[j, d]; all fp32, leading dimensions in elements. */
     void (*gemm_nt)(int32_t rows, int32_t cols, int32_t depth, float scale, const float *a,
                     int64_t lda, const float *b, int64_t ldb, float *c, int64_t ldc);
+    void (*log_softmax)(float *x, int32_t n); /* in place */
+
+    int32_t antidiagonal_lanes;                                      /* query groups at a time */
+    size_t (*antidiagonal_scratch)(const pbs_antidiagonal_job *job); /* only its sizes are read */
+    void (*antidiagonal_pack)(const pbs_antidiagonal_job *job);
+    void (*antidiagonal_sums)(const pbs_antidiagonal_job *job);
+    void (*antidiagonal_shares)(const pbs_antidiagonal_shares *job);
 
     size_t (*attend_scratch)(int32_t head_dim, int32_t block_q);
     void (*attend_block)(const pbs_attend_job *job);

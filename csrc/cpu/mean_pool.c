@@ -8,9 +8,11 @@
 #include "packed.h"
 #include "select_methods.h"
 
-size_t pbs_mean_pool_scratch(const pbs_select_params *p, const pbs_dims *d) {
+size_t pbs_mean_pool_scratch(const pbs_select_params *p, const pbs_dims *d,
+                             const pbs_cpu_kernels *k) {
     pbs_arena arena = pbs_arena_at(NULL);
     (void)p;
+    (void)k;
     pbs_arena_take(&arena, PBS_STRIP_ROWS, d->head_dim, sizeof(float));
     return arena.used;
 }
@@ -27,15 +29,6 @@ static void pool_queries(const pbs_strip_job *job, int32_t m, float *mean) {
     rows = pbs_rows_from(rows, first);
     job->k->pool_add(&rows, count, d->head_dim, mean);
     for (int32_t i = 0; i < d->head_dim; i++) mean[i] *= 1.0f / (float)count;
-}
-
-static void log_softmax(float *x, int32_t n) {
-    float max = -INFINITY;
-    double sum = 0.0;
-    for (int32_t i = 0; i < n; i++) max = fmaxf(max, x[i]);
-    for (int32_t i = 0; i < n; i++) sum += (double)expf(x[i] - max);
-    float log_sum = logf((float)sum);
-    for (int32_t i = 0; i < n; i++) x[i] = x[i] - max - log_sum;
 }
 
 void pbs_mean_pool_strip(const pbs_strip_job *job) {
@@ -56,7 +49,7 @@ void pbs_mean_pool_strip(const pbs_strip_job *job) {
     for (int32_t r = 0; r < rows; r++) {
         float *row = strip->log_mass + r * strip->log_mass_stride;
         int32_t n = pbs_eligible_blocks(job->p, d, job->seq, job->row_begin + r);
-        log_softmax(row, n);
+        job->k->log_softmax(row, n);
         for (int32_t i = n; i < cols; i++) row[i] = -INFINITY;
     }
 }

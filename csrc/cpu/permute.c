@@ -1,12 +1,16 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * permute over batches, heads and segments: order the keys of a segment, then pool and pack them in
- * that order in the same sweep; original-order panels by key head; query rows last.
+ * permute over batches, K/V heads and segments: order the keys of a segment for every head that
+ * shares them, then pool and pack them in one sweep over K and one over V; query rows last.
  */
 #include "cpu.h"
 #include "packed.h"
 #include "permute_queries.h"
 #include "threads.h"
+
+/* Of a segment of K or V that is fetched before it is read in permuted order: half of a small L2.
+ */
+enum { READ_AHEAD_BYTES = 256 << 10 };
 
 typedef struct permute_run {
     const pbs_permute_params *p;
@@ -49,10 +53,12 @@ static int head_on(const permute_run *run, int32_t hp) {
     return !run->p->permute_heads || run->p->permute_heads[hp] != 0;
 }
 
-/* Descending floats as ascending integers: -0 is 0, NaN comes last. */
+/* Descending floats as ascending integers: -0 is 0, NaN comes last. No arithmetic, to which
+ * denormals are zeros here. */
 static uint32_t descending_key(float x) {
-    if (x != x) return UINT32_MAX;
-    uint32_t bits = pbs_bits_of_float(x + 0.0f);
+    uint32_t bits = pbs_bits_of_float(x);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return UINT32_MAX;
+    if (bits == 0x80000000u) bits = 0;
     return bits & 0x80000000u ? bits : 0x7fffffffu - bits;
 }
 
@@ -101,64 +107,109 @@ static void pool_block(const permute_run *run, const pbs_rows *rows, int32_t cou
     for (int32_t i = 0; i < dim; i++) mean[i] *= 1.0f / (float)count;
 }
 
-static void pack_panels(const permute_run *run, const pbs_rows *k, const pbs_rows *v, int32_t first,
-                        int32_t end, char *panels) {
-    int32_t keys = run->packed->panel_keys;
-    for (int32_t at = first; at < end; at += keys) {
+/* Keys [first, end) of one K/V head, whole segments but for the last: what one item works on. */
+typedef struct segment {
+    const permute_run *run;
+    pbs_seq s;
+    int32_t b, hk;
+    int32_t first, end;
+} segment;
+
+/* The K or the V half of panels [first, end); the other one has no base. */
+static void pack_panels(const segment *seg, const pbs_rows *k, const pbs_rows *v, int32_t end,
+                        char *panels) {
+    const pbs_packed *packed = seg->run->packed;
+    for (int32_t at = seg->first; at < end; at += packed->panel_keys) {
         pbs_pack_job job = {
             .k = pbs_rows_from(*k, at),
             .v = pbs_rows_from(*v, at),
-            .count = pbs_min_i32(keys, end - at),
-            .keys = keys,
-            .head_dim = run->d->head_dim,
-            .panel = panels + at / keys * run->packed->panel_bytes,
+            .count = pbs_min_i32(packed->panel_keys, end - at),
+            .keys = packed->panel_keys,
+            .head_dim = seg->run->d->head_dim,
+            .panel = panels + at / packed->panel_keys * packed->panel_bytes,
         };
-        run->k->pack(&job);
+        seg->run->k->pack(&job);
     }
 }
 
-/* Item [b, hp, segment]: order, pools and permuted panels of one segment. */
-static void segment_item(void *context, int64_t item, int32_t slot) {
-    const permute_run *run = (const permute_run *)context;
+/* Natural panels, from where somebody reads them. */
+static int packs_natural(const segment *seg) {
+    const permute_run *run = seg->run;
+    int32_t end = pbs_min_i32(seg->end, seg->s.kv_len);
+    if (!run->packed || seg->first >= end) return 0;
+    return !run->packed->own_only || end > pbs_floor_to(seg->s.q_offset, run->d->segment_size);
+}
+
+static int packs_permuted(const segment *seg, int32_t hp) {
+    int32_t size = seg->run->d->segment_size;
+    return seg->run->packed && pbs_packed_heads(seg->run->packed)[hp] &&
+           seg->first + size <= seg->s.kv_len && seg->s.kv_len > size;
+}
+
+/* Permuted rows come in no order that hardware would guess; here they come in order once. */
+static void read_ahead(const segment *seg, const pbs_rows *rows) {
+    size_t bytes = (size_t)seg->run->d->head_dim * pbs_dtype_size(rows->dtype);
+    int32_t end = pbs_min_i32(seg->end, seg->s.kv_len);
+    if ((size_t)(seg->end - seg->first) * bytes > READ_AHEAD_BYTES) return;
+    for (int32_t i = seg->first; i < end; i++)
+        for (size_t at = 0; at < bytes; at += PBS_ALIGN)
+            __builtin_prefetch((const char *)pbs_row(rows, i) + at);
+}
+
+static void pool_segment(const segment *seg, const pbs_rows *rows, float *pool) {
+    const pbs_dims *d = seg->run->d;
+    for (int32_t at = seg->first; at < seg->end; at += d->block_k, pool += d->head_dim) {
+        int32_t last = pbs_min_i32(pbs_min_i32(at + d->block_k, seg->end), seg->s.kv_len);
+        pbs_rows block = pbs_rows_from(*rows, at);
+        pool_block(seg->run, &block, last - at, pool);
+    }
+}
+
+/* Everything that reads one of K and V, while the segment is in the cache: natural panels, then the
+ * pools and the permuted panels of each owner. */
+static void sweep(const segment *seg, int is_v) {
+    const permute_run *run = seg->run;
     const pbs_permute_params *p = run->p;
     const pbs_dims *d = run->d;
-    int64_t head = item / run->segments;
-    int32_t first = (int32_t)(item % run->segments) * d->segment_size;
-    int32_t b = (int32_t)(head / d->heads_p), hp = (int32_t)(head % d->heads_p);
-    int32_t hk = pbs_key_head(d, hp), end = pbs_min_i32(first + d->segment_size, d->max_k);
-    pbs_seq s = pbs_dims_seq(d, b);
-    (void)slot;
-    fill_order(run, head, s, first, end);
-    pbs_rows k = pbs_head_rows(&p->k.view, b, hk, s.kv_start);
-    pbs_rows v = pbs_head_rows(&p->v.view, b, hk, s.kv_start);
-    k.index = v.index = run->k_perm + head * d->max_k;
-    for (int32_t at = first; at < end; at += d->block_k) {
-        int32_t count = pbs_min_i32(pbs_min_i32(at + d->block_k, end), s.kv_len) - at;
-        int64_t pool = (head * d->blocks_k + at / d->block_k) * d->head_dim;
-        pbs_rows k_rows = pbs_rows_from(k, at), v_rows = pbs_rows_from(v, at);
-        if (p->k_pool) pool_block(run, &k_rows, count, p->k_pool + pool);
-        if (p->v_pool) pool_block(run, &v_rows, count, p->v_pool + pool);
+    int32_t owners = d->heads_p / d->heads_k, end = pbs_min_i32(seg->end, seg->s.kv_len);
+    float *pool = is_v ? p->v_pool : p->k_pool;
+    pbs_rows rows = pbs_head_rows(is_v ? &p->v.view : &p->k.view, seg->b, seg->hk, seg->s.kv_start);
+    pbs_rows none = {.dtype = rows.dtype};
+    if (packs_natural(seg))
+        pack_panels(seg, is_v ? &none : &rows, is_v ? &rows : &none, end,
+                    pbs_natural_panels(run->packed, d, seg->b, seg->hk));
+    else
+        read_ahead(seg, &rows);
+    for (int32_t hp = seg->hk * owners; hp < (seg->hk + 1) * owners; hp++) {
+        int64_t head = (int64_t)seg->b * d->heads_p + hp;
+        int64_t block = head * d->blocks_k + seg->first / d->block_k;
+        rows.index = run->k_perm + head * d->max_k;
+        if (pool) pool_segment(seg, &rows, pool + block * d->head_dim);
+        if (packs_permuted(seg, hp))
+            pack_panels(seg, is_v ? &none : &rows, is_v ? &rows : &none, seg->end,
+                        pbs_permuted_panels(run->packed, d, seg->b, hp));
     }
-    int complete = first + d->segment_size <= s.kv_len && s.kv_len > d->segment_size;
-    if (run->packed && complete && pbs_packed_heads(run->packed)[hp])
-        pack_panels(run, &k, &v, first, end, pbs_permuted_panels(run->packed, d, b, hp));
 }
 
-/* Item [b, hk, segment]: original-order panels, from where somebody reads them. */
-static void natural_item(void *context, int64_t item, int32_t slot) {
+/* Item [b, hk, segment]: order, pools and panels of one segment, for all heads that share its K and
+ * V. K first, then V: one of them at a time fits into L2 with what is written. */
+static void segment_item(void *context, int64_t item, int32_t slot) {
     const permute_run *run = (const permute_run *)context;
     const pbs_dims *d = run->d;
     int64_t head = item / run->segments;
     int32_t first = (int32_t)(item % run->segments) * d->segment_size;
-    int32_t b = (int32_t)(head / d->heads_k), hk = (int32_t)(head % d->heads_k);
-    pbs_seq s = pbs_dims_seq(d, b);
-    int32_t end = pbs_min_i32(first + d->segment_size, s.kv_len);
+    segment seg = {.run = run,
+                   .b = (int32_t)(head / d->heads_k),
+                   .hk = (int32_t)(head % d->heads_k),
+                   .first = first,
+                   .end = pbs_min_i32(first + d->segment_size, d->max_k)};
+    int32_t owners = d->heads_p / d->heads_k;
+    seg.s = pbs_dims_seq(d, seg.b);
     (void)slot;
-    if (run->packed->own_only && end <= pbs_floor_to(s.q_offset, d->segment_size)) return;
-    if (first >= end) return;
-    pbs_rows k = pbs_head_rows(&run->p->k.view, b, hk, s.kv_start);
-    pbs_rows v = pbs_head_rows(&run->p->v.view, b, hk, s.kv_start);
-    pack_panels(run, &k, &v, first, end, pbs_natural_panels(run->packed, d, b, hk));
+    for (int32_t hp = seg.hk * owners; hp < (seg.hk + 1) * owners; hp++)
+        fill_order(run, (int64_t)seg.b * d->heads_p + hp, seg.s, first, seg.end);
+    if (run->packed || run->p->k_pool) sweep(&seg, 0);
+    if (run->packed || run->p->v_pool) sweep(&seg, 1);
 }
 
 static void start_packed(permute_run *run) {
@@ -224,12 +275,10 @@ pbs_status pbs_cpu_permute(const pbs_permute_params *p, const pbs_dims *d, const
     cut(&run, p->workspace);
     if (p->packed) start_packed(&run);
     if (p->pool_len) fill_pool_len(&run);
-    pbs_run(&p->exec, (int64_t)d->batch * d->heads_p * run.segments, segment_item, &run);
-    if (p->packed)
-        pbs_run(&p->exec, (int64_t)d->batch * d->heads_k * run.segments, natural_item, &run);
+    pbs_run(&p->exec, k, (int64_t)d->batch * d->heads_k * run.segments, segment_item, &run);
     if (pbs_permutes_queries(p->mode)) {
         int64_t row_segments = pbs_ceil_div(d->max_q, d->segment_size);
-        pbs_run(&p->exec, (int64_t)d->batch * d->heads_q * row_segments, queries_item, &run);
+        pbs_run(&p->exec, k, (int64_t)d->batch * d->heads_q * row_segments, queries_item, &run);
     }
     return PBS_OK;
 }

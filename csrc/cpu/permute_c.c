@@ -19,7 +19,7 @@ static void pack_rows(const pbs_rows *rows, const pbs_pack_job *job, float *pane
 
 void pbs_pack_c(const pbs_pack_job *job) {
     float *panel = (float *)job->panel;
-    pack_rows(&job->k, job, panel);
+    if (job->k.base) pack_rows(&job->k, job, panel);
     if (job->v.base) pack_rows(&job->v, job, panel + (int64_t)job->keys * job->head_dim);
 }
 

@@ -5,7 +5,9 @@
  *   stats    [b, hp, chunk]  row max and row sum of one chunk
  *   reduce   [b, hp]         the same over all chunks, in chunk order
  *   columns  [b, hp, chunk]  shares of the keys
- * Chunks have one fixed size, so nothing depends on the number of threads.
+ * the last three for a group of heads at a time. Chunks have one fixed size, and what is kept
+ * between stats and columns is what would be computed again, so nothing depends on the number of
+ * threads.
  */
 #include <math.h>
 
@@ -13,7 +15,11 @@
 #include "packed.h"
 #include "threads.h"
 
-enum { CHUNK_KEYS = 512, MEAN_ROWS = 256 };
+enum { CHUNK_KEYS = 512, STEPS = CHUNK_KEYS / PBS_SCORE_STEP, MEAN_ROWS = 256 };
+
+/* What stats may keep for columns, a thread's share of a cache; and how many chunks a thread gets
+ * of a group of heads, so that few wait for the last one. */
+enum { KEPT_PER_THREAD = 8 << 20, CHUNKS_PER_THREAD = 8 };
 
 typedef struct score_run {
     const pbs_score_params *p;
@@ -23,9 +29,24 @@ typedef struct score_run {
     int32_t probe_rows, chunks;
     float *probe;             /* [B, Hp, probe_rows, D] */
     float *row_max, *row_sum; /* [B, Hp, 1 + chunks, probe_rows]; slice 0 = over all chunks */
-    char *scratch;            /* [num_threads, scratch_bytes] */
+    float *step_max;          /* [B, Hp, chunks, STEPS, probe_rows] */
+    int32_t first_of_group;   /* heads [first_of_group, ... + group) are under way */
+    int32_t group;
+    int64_t kept_chunks; /* of the group's; the others are computed twice */
+    float *kept;         /* [kept_chunks, STEPS, probe_rows, PBS_SCORE_STEP] */
+    char *scratch;       /* [num_threads, scratch_bytes] */
     size_t scratch_bytes;
 } score_run;
+
+/* Heads that are scored at a time: few, so that what is kept of them stays in a cache. */
+static void cut_group(score_run *run, int64_t heads, size_t chunk_bytes) {
+    int64_t threads = run->p->exec.num_threads, room = KEPT_PER_THREAD / (int64_t)chunk_bytes;
+    int64_t group = 1;
+    if (run->chunks > 0) group = (CHUNKS_PER_THREAD * threads + run->chunks - 1) / run->chunks;
+    run->group = (int32_t)(group < heads ? group : heads);
+    int64_t chunks = (int64_t)run->group * run->chunks;
+    run->kept_chunks = chunks < threads * room ? chunks : threads * room;
+}
 
 static size_t cut(score_run *run, void *workspace) {
     const pbs_dims *d = run->d;
@@ -41,7 +62,11 @@ static size_t cut(score_run *run, void *workspace) {
     run->probe = (float *)pbs_arena_take(&arena, heads, d->head_dim, row);
     run->row_max = (float *)pbs_arena_take(&arena, heads, run->chunks + 1, row);
     run->row_sum = (float *)pbs_arena_take(&arena, heads, run->chunks + 1, row);
+    run->step_max = (float *)pbs_arena_take(&arena, heads, (int64_t)run->chunks * STEPS, row);
     run->scratch = (char *)pbs_arena_take(&arena, run->p->exec.num_threads, 1, run->scratch_bytes);
+    size_t chunk = CHUNK_KEYS * row;
+    cut_group(run, heads, chunk);
+    run->kept = (float *)pbs_arena_take(&arena, run->kept_chunks, 1, chunk);
     return pbs_arena_bytes(&arena);
 }
 
@@ -122,6 +147,9 @@ static pbs_score_job job_of(const score_run *run, int64_t head, int32_t chunk, i
         .score = run->p->score + head * d->max_k + first,
         .scratch = run->scratch + (size_t)slot * run->scratch_bytes,
     };
+    job.step_max = run->step_max + (head * run->chunks + chunk) * STEPS * run->probe_rows;
+    int64_t place = (head - run->first_of_group) * run->chunks + chunk;
+    if (place < run->kept_chunks) job.kept = run->kept + place * CHUNK_KEYS * run->probe_rows;
     if (job.count) job.k = pbs_rows_from(job.k, first);
     return job;
 }
@@ -133,7 +161,7 @@ static int64_t stats_at(const score_run *run, int64_t head, int32_t slice) {
 
 static void stats_item(void *context, int64_t item, int32_t slot) {
     const score_run *run = (const score_run *)context;
-    int64_t head = item / run->chunks;
+    int64_t head = run->first_of_group + item / run->chunks;
     int32_t chunk = (int32_t)(item % run->chunks);
     pbs_score_job job = job_of(run, head, chunk, slot);
     if (job.count == 0 || job.probe_rows == 0) return;
@@ -142,8 +170,9 @@ static void stats_item(void *context, int64_t item, int32_t slot) {
     run->k->score_stats(&job);
 }
 
-static void reduce_item(void *context, int64_t head, int32_t slot) {
+static void reduce_item(void *context, int64_t item, int32_t slot) {
     const score_run *run = (const score_run *)context;
+    int64_t head = run->first_of_group + item;
     pbs_seq s = pbs_dims_seq(run->d, (int32_t)(head / run->d->heads_p));
     int32_t rows = probe_rows_of(run, s);
     int32_t chunks = pbs_ceil_div(pbs_complete_keys(s.kv_len, run->d->segment_size), CHUNK_KEYS);
@@ -163,7 +192,7 @@ static void reduce_item(void *context, int64_t head, int32_t slot) {
 
 static void columns_item(void *context, int64_t item, int32_t slot) {
     const score_run *run = (const score_run *)context;
-    int64_t head = item / run->chunks;
+    int64_t head = run->first_of_group + item / run->chunks;
     pbs_score_job job = job_of(run, head, (int32_t)(item % run->chunks), slot);
     if (job.count == 0 || job.probe_rows == 0) return;
     job.row_max = run->row_max + stats_at(run, head, 0);
@@ -192,11 +221,15 @@ pbs_status pbs_cpu_score(const pbs_score_params *p, const pbs_dims *d, const voi
                          int32_t first_head) {
     score_run run = {.p = p, .d = d, .k = k, .first_head = first_head};
     int64_t heads = (int64_t)d->batch * d->heads_p;
-    pbs_run(&p->exec, heads, rest_item, &run);
+    pbs_run(&p->exec, k, heads, rest_item, &run);
     if (cut(&run, p->workspace) == 0) return PBS_OK;
-    pbs_run(&p->exec, heads, probe_item, &run);
-    pbs_run(&p->exec, heads * run.chunks, stats_item, &run);
-    pbs_run(&p->exec, heads, reduce_item, &run);
-    pbs_run(&p->exec, heads * run.chunks, columns_item, &run);
+    pbs_run(&p->exec, k, heads, probe_item, &run);
+    for (int64_t head = 0; head < heads; head += run.group) {
+        int64_t group = heads - head < run.group ? heads - head : run.group;
+        run.first_of_group = (int32_t)head;
+        pbs_run(&p->exec, k, group * run.chunks, stats_item, &run);
+        pbs_run(&p->exec, k, group, reduce_item, &run);
+        pbs_run(&p->exec, k, group * run.chunks, columns_item, &run);
+    }
     return PBS_OK;
 }

@@ -28,11 +28,11 @@ typedef struct slot {
     void *method;
 } slot;
 
-static size_t method_scratch(const pbs_select_params *p, const pbs_dims *d) {
-    switch (p->method) {
+static size_t method_scratch(const select_run *run) {
+    switch (run->p->method) {
 #define PBS_SELECT_METHOD(method, scratch_bytes, strip_fn) \
     case method:                                           \
-        return scratch_bytes(p, d);
+        return scratch_bytes(run->p, run->d, run->k);
 #include "select_methods.inc"
 #undef PBS_SELECT_METHOD
     }
@@ -50,12 +50,13 @@ static void method_strip(const pbs_strip_job *job) {
     }
 }
 
-static size_t cut_slot(const pbs_select_params *p, const pbs_dims *d, void *memory, slot *s) {
+static size_t cut_slot(const select_run *run, void *memory, slot *s) {
+    const pbs_dims *d = run->d;
     pbs_arena arena = pbs_arena_at(memory);
     s->log_mass = (float *)pbs_arena_take(&arena, PBS_STRIP_ROWS, d->blocks_k, sizeof(float));
     s->eligible = (uint32_t *)pbs_arena_take(&arena, PBS_STRIP_ROWS, d->words, sizeof(uint32_t));
     s->rule = (uint32_t *)pbs_arena_take(&arena, 2, d->blocks_k, sizeof(uint32_t));
-    s->method = pbs_arena_take(&arena, 1, 1, method_scratch(p, d));
+    s->method = pbs_arena_take(&arena, 1, 1, method_scratch(run));
     return arena.overflow ? SIZE_MAX : arena.used;
 }
 
@@ -63,7 +64,7 @@ static size_t cut(select_run *run, void *workspace) {
     slot s;
     pbs_arena arena = pbs_arena_at(workspace);
     run->strips = pbs_ceil_div(run->d->blocks_q, PBS_STRIP_ROWS);
-    run->slot_bytes = cut_slot(run->p, run->d, NULL, &s);
+    run->slot_bytes = cut_slot(run, NULL, &s);
     run->slots = (char *)pbs_arena_take(&arena, run->p->exec.num_threads, 1, run->slot_bytes);
     return pbs_arena_bytes(&arena);
 }
@@ -120,17 +121,18 @@ static void copy_mass(const select_run *run, const pbs_strip *strip, int64_t row
                 expf(strip->log_mass[r * strip->log_mass_stride + n]);
 }
 
-/* Item [b, hq, strip]. */
+/* Item [b, hq, strips from the last]. */
 static void strip_item(void *context, int64_t item, int32_t thread) {
     const select_run *run = (const select_run *)context;
     const pbs_select_params *p = run->p;
     const pbs_dims *d = run->d;
     int64_t head = item / run->strips;
-    int32_t row_begin = (int32_t)(item % run->strips) * PBS_STRIP_ROWS;
+    int32_t strips_after = (int32_t)(item % run->strips); /* the longest rows first */
+    int32_t row_begin = (run->strips - 1 - strips_after) * PBS_STRIP_ROWS;
     int32_t b = (int32_t)(head / d->heads_q), hq = (int32_t)(head % d->heads_q);
     int64_t row = head * d->blocks_q + row_begin;
     slot mine;
-    cut_slot(p, d, run->slots + (size_t)thread * run->slot_bytes, &mine);
+    cut_slot(run, run->slots + (size_t)thread * run->slot_bytes, &mine);
     pbs_strip strip = {
         .rows = pbs_min_i32(PBS_STRIP_ROWS, d->blocks_q - row_begin),
         .cols = d->blocks_k,
@@ -153,7 +155,7 @@ static void strip_item(void *context, int64_t item, int32_t thread) {
 pbs_status pbs_cpu_select(const pbs_select_params *p, const pbs_dims *d, const void *k) {
     select_run run = {.p = p, .d = d, .k = k};
     cut(&run, p->workspace);
-    pbs_run(&p->exec, (int64_t)d->batch * d->heads_q * run.strips, strip_item, &run);
+    pbs_run(&p->exec, k, (int64_t)d->batch * d->heads_q * run.strips, strip_item, &run);
     return PBS_OK;
 }
 
@@ -161,8 +163,10 @@ pbs_status pbs_cpu_score_strip(const pbs_select_params *p, const pbs_dims *d, co
                                int32_t batch, int32_t head, int32_t row_begin, pbs_strip *strip) {
     select_run run = {.p = p, .d = d, .k = k};
     slot mine;
+    pbs_cpu_state saved;
     cut(&run, p->workspace);
-    cut_slot(p, d, run.slots, &mine);
+    cut_slot(&run, run.slots, &mine);
+    run.k->enter(&saved);
     for (int32_t r = 0; r < strip->rows; r += PBS_STRIP_ROWS) {
         pbs_strip part = *strip;
         part.rows = pbs_min_i32(PBS_STRIP_ROWS, strip->rows - r);
@@ -170,5 +174,6 @@ pbs_status pbs_cpu_score_strip(const pbs_select_params *p, const pbs_dims *d, co
         part.eligible += r * strip->eligible_stride;
         score_strip(&run, batch, head, row_begin + r, &part, mine.method);
     }
+    run.k->leave(&saved);
     return PBS_OK;
 }

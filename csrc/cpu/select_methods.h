@@ -22,8 +22,9 @@ typedef struct pbs_strip_job {
     void *scratch;
 } pbs_strip_job;
 
-#define PBS_SELECT_METHOD(method, scratch_bytes, strip_fn)                       \
-    size_t scratch_bytes(const pbs_select_params *params, const pbs_dims *dims); \
+#define PBS_SELECT_METHOD(method, scratch_bytes, strip_fn)                      \
+    size_t scratch_bytes(const pbs_select_params *params, const pbs_dims *dims, \
+                         const pbs_cpu_kernels *kernels);                       \
     void strip_fn(const pbs_strip_job *job);
 #include "select_methods.inc"
 #undef PBS_SELECT_METHOD

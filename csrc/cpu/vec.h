@@ -25,6 +25,8 @@
  *   vf_to_pairs(x, y)                         2 VL floats as bf16 in order
  *   vf_pair_of_ones()
  *   vf_load_pairs(x, y, n)                    word i is element i of row x and element i of row y
+ *
+ * VEC_TILES: there are tiles too (tiles.h), and attend runs on them. They want pairs and 16 lanes.
  */
 #ifndef PBS_CPU_VEC_H
 #define PBS_CPU_VEC_H
@@ -63,6 +65,9 @@
 
 #ifndef VEC_PAIRS
 #define VEC_PAIRS 0
+#endif
+#ifndef VEC_TILES
+#define VEC_TILES 0
 #endif
 
 enum { GROUP = 2 * VL }; /* keys or columns that a panel group holds: a tile is this wide */

@@ -8,6 +8,8 @@
 
 static int available(pbs_isa isa) { return isa == PBS_ISA_SM80; }
 
+static const char *missing(pbs_isa isa) { return available(isa) ? NULL : "not in this build"; }
+
 /* One set of kernels, so there is nothing to hand on: NULL stands for it. */
 static pbs_status choose(const pbs_exec *exec, pbs_dtype dtype, const void **kernels,
                          pbs_isa *isa) {
@@ -81,6 +83,7 @@ const pbs_backend pbs_cuda_backend = {
     .name = "cuda",
     .on_device = 1,
     .available = available,
+    .missing = missing,
     .choose = choose,
     .score_bytes = pbs_cuda_score_bytes,
     .score = score,

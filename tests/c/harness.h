@@ -7,13 +7,14 @@
 #ifndef PBS_TEST_HARNESS_H
 #define PBS_TEST_HARNESS_H
 
+#include <stdatomic.h>
 #include <stddef.h>
 #include <stdint.h>
 
 #include "pbs/pbs.h"
 
 extern const char *test_name; /* printed with every failure */
-extern int test_checks, test_failures;
+extern atomic_int test_checks, test_failures;
 
 void check_that(int good, const char *file, int line, const char *format, ...)
     __attribute__((format(printf, 4, 5)));
@@ -70,10 +71,26 @@ int32_t problem_blocks_q(const problem *p);
 int32_t problem_blocks_k(const problem *p);
 int32_t problem_words(const problem *p);
 
-/* size bytes of byte, to be freed; and a workspace of exactly that size, so that a sanitizer sees
- * the first byte too many. */
+/* ---- memory ---------------------------------------------------------------------------------- */
+/* Where filled() puts memory, for as long as this is set: on the heap, or between two pages that
+ * nobody may touch, right behind the first one or right before the second. */
+typedef enum guard { GUARD_NONE, GUARD_BEFORE, GUARD_AFTER } guard;
+extern guard test_guard;
+/* size bytes of byte, exactly, so that a sanitizer sees the first byte too many. For free(); for
+ * drop() where a guard may be set. */
 void *filled(size_t bytes, int byte);
+void drop(void *memory);
+/* Aligned to 64 bytes, which bytes is a multiple of. */
+void *filled_lines(size_t bytes, int byte);
+/* A workspace, of which the part that is used lies against the guard: the rest aligns pointers. */
+void *filled_workspace(size_t bytes);
+/* Runs it; a check fails, with these words, if it touches a page that it may not. */
+void run_guarded(void (*run)(void *), void *arg, const char *what);
+
+/* From the first element to the last. */
+size_t view_bytes(const pbs_view *v);
 double element(const pbs_view *v, int32_t b, int32_t h, int64_t row, int32_t d);
+void set_element(const pbs_view *v, int32_t b, int32_t h, int64_t row, int32_t d, double x);
 /* All ISAs that this build and CPU offer for dtype; returns how many. */
 int available_isas(pbs_dtype dtype, pbs_isa isas[PBS_ISA_COUNT]);
 /* fp32, or bf16 where no kernel takes it. */
@@ -81,6 +98,9 @@ pbs_dtype widest_dtype(void);
 /* A grid is walked in steps: every point natively, every third one where the vector unit is
  * emulated (slow) or the sanitizers watch (PBS_TEST_THIN); first points differ by ISA. */
 int is_emulated(pbs_isa isa);
+#ifndef PBS_TEST_THIN
+#define PBS_TEST_THIN 1
+#endif
 size_t grid_first(pbs_isa isa);
 size_t grid_step(pbs_isa isa);
 
@@ -123,8 +143,13 @@ void test_score(void);
 void test_permute(void);
 void test_select(void);
 void test_attend(void);
+void test_counters(void);
+void test_tiles(void);
+void test_pipeline(void);
 void test_prefill(void);
 void test_errors(void);
 void test_threads(void);
+void test_numerics(void);
+void test_guards(void);
 
 #endif /* PBS_TEST_HARNESS_H */

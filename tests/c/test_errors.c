@@ -133,6 +133,12 @@ static void test_options(void) {
     setenv("PBS_ATTN_ISA", "c", 1);
     CHECK(pbs_isa_for(PBS_ISA_AUTO, PBS_DTYPE_FP32) == PBS_ISA_C, "PBS_ATTN_ISA=c is obeyed");
     unsetenv("PBS_ATTN_ISA");
+    for (int isa = PBS_ISA_C; isa < PBS_ISA_COUNT; isa++)
+        CHECK((pbs_isa_missing((pbs_isa)isa) == NULL) == (pbs_isa_available((pbs_isa)isa) != 0),
+              "%s: missing for a reason, or there", pbs_isa_name((pbs_isa)isa));
+    CHECK(pbs_isa_for(PBS_ISA_EMU_AMX, PBS_DTYPE_BF16) == PBS_ISA_EMU_AMX &&
+              pbs_isa_for(PBS_ISA_EMU_AMX, PBS_DTYPE_FP16) == PBS_ISA_EMU_AVX512,
+          "tiles take bf16; what they do not take goes to the next set");
 }
 
 static void test_arrays(void) {

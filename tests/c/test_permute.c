@@ -81,9 +81,10 @@ static void test_keys(problem *p, uint64_t seed) {
     int32_t *expected = (int32_t *)filled((size_t)N * sizeof(int32_t), 0);
     int32_t on[16];
     for (int32_t i = 0; i < p->batch * heads * N; i++) {
-        score[i] = (float)rng_below(&r, 40) - 5.0f; /* many ties, some negative, both zeros */
+        score[i] = (float)rng_below(&r, 40) - 5.0f; /* many ties, both zeros */
         if (score[i] == 0.0f && i % 2) score[i] = -0.0f;
         if (rng_below(&r, 30) == 0) score[i] = NAN;
+        if (rng_below(&r, 9) == 0) score[i] = (float)(rng_below(&r, 5) - 2) * 0x1p-149f;
     }
     for (int32_t h = 0; h < heads; h++) on[h] = h != 1;
     s.score = score;

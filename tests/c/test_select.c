@@ -5,7 +5,7 @@
 
 #include "harness.h"
 
-enum { MAX_BLOCKS = 64 };
+enum { MAX_BLOCKS = 80 };
 
 /* A select call with the order and pools that pbs_permute made for it. */
 typedef struct setup {
@@ -71,7 +71,7 @@ static void run(setup *u) {
     free(u->s.workspace);
 }
 
-static void drop(setup *u) {
+static void drop_setup(setup *u) {
     free(u->k_perm);
     free(u->q_perm);
     free(u->k_pool);
@@ -241,7 +241,7 @@ static void test_one(problem *p, pbs_permute_mode mode, pbs_select_method method
                 check_row(&w, ((int64_t)b * p->heads_q + hq) * problem_blocks_q(p) + m);
             }
     check_strip(p, &u);
-    drop(&u);
+    drop_setup(&u);
     problem_free(p);
 }
 
@@ -252,6 +252,99 @@ static problem base(pbs_dtype dtype, pbs_isa isa) {
     p.dtype = dtype;
     p.isa = isa;
     return p;
+}
+
+/* Every stride and block size: queries after a prefix against more key groups than one chunk has,
+ * with a block and an end that are ragged. Large scales make the maxima of chunks differ. */
+static void test_strides(pbs_isa isa, size_t thin) {
+    static const int32_t strides[] = {8, 16, 32, 64}, blocks[] = {64, 128, 256};
+    size_t n = 0;
+    for (size_t i = 0; i < sizeof strides / sizeof *strides; i++)
+        for (size_t j = 0; j < sizeof blocks / sizeof *blocks; j++, n++) {
+            if (n % thin) continue;
+            problem p = base(PBS_DTYPE_FP32, isa);
+            p.block = p.segment = blocks[j];
+            p.head_dim = n % 2 ? 24 : 8;
+            p.scale = n % 3 ? 4.0f : 0.0f;
+            p.seqlen_k = 64 * strides[i] + 2 * blocks[j] + 37;
+            p.seqlen_q = blocks[j] + strides[i] + 5;
+            test_one(&p, n % 2 ? PBS_PERMUTE_NONE : PBS_PERMUTE_BOTH, PBS_SELECT_ANTIDIAGONAL,
+                     (pbs_reduce)(n / 2 % 2), strides[i], n);
+        }
+}
+
+/* More groups than a band has; more blocks than a strip has; in one block groups that see nothing
+ * and groups that do. */
+static void test_bands(pbs_isa isa) {
+    problem p = base(PBS_DTYPE_FP32, isa);
+    p.seqlen_q = p.seqlen_k = 600;
+    test_one(&p, PBS_PERMUTE_NONE, PBS_SELECT_ANTIDIAGONAL, PBS_REDUCE_SUM, 2, 1);
+    p.seqlen_q = p.seqlen_k = 1100;
+    test_one(&p, PBS_PERMUTE_KEYS, PBS_SELECT_ANTIDIAGONAL, PBS_REDUCE_MAX, 16, 2);
+    p.seqlen_q = 300, p.seqlen_k = 250;
+    test_one(&p, PBS_PERMUTE_NONE, PBS_SELECT_ANTIDIAGONAL, PBS_REDUCE_SUM, 8, 3);
+}
+
+/* A query that is not a number keeps every block, and touches no other query block. */
+static void test_nan(pbs_isa isa, pbs_select_method method, pbs_reduce how) {
+    problem p = base(PBS_DTYPE_FP32, isa);
+    const int32_t bad = 3;
+    p.seqlen_q = p.seqlen_k = 389;
+    problem_make(&p, 5);
+    setup u = make(&p, PBS_PERMUTE_IDENTITY, 5);
+    u.s.method = method;
+    u.s.reduce = how;
+    u.s.tau = 0.1f;
+    ((float *)p.q.data)[(bad * p.block + 9) * p.q.stride[2] + 1] = NAN;
+    run(&u);
+    for (int32_t m = 0; m < problem_blocks_q(&p); m++) {
+        view_of_row w = look(&p, &u.s, 0, 0, m);
+        const float *mass = u.s.mass + m * problem_blocks_k(&p);
+        for (int32_t n = 0; n < w.history; n++)
+            CHECK((mass[n] != mass[n]) == (m == bad), "%s method %d mass [%d, %d]: %g",
+                  pbs_isa_name(isa), (int)method, m, n, (double)mass[n]);
+        if (m == bad) CHECK(u.s.count[m] == w.history, "%d of %d", u.s.count[m], w.history);
+    }
+    drop_setup(&u);
+    problem_free(&p);
+}
+
+/* 128K tokens: what grows with them is one sum per key block and lane of a band. */
+static void test_bytes(pbs_isa isa) {
+    pbs_select_params s = PBS_INIT(pbs_select_params);
+    const int32_t tokens = 131072, block = 128, dim = 128;
+    char nothing;
+    s.q = (pbs_view){&nothing, PBS_DTYPE_FP32, {1, 1, tokens, dim}, {0, 0, dim, 1}};
+    s.k.view = s.q;
+    s.block_size = block;
+    s.segment_size = 256;
+    s.mode = PBS_PERMUTE_NONE;
+    s.method = PBS_SELECT_ANTIDIAGONAL;
+    s.bits = (uint32_t *)(void *)&s;
+    s.count = (int32_t *)(void *)&s;
+    s.exec.isa = isa;
+    for (s.stride = 8; s.stride <= 64; s.stride *= 2) {
+        size_t lanes = 16 * (size_t)(block / s.stride), bytes = 0;
+        size_t band = lanes * sizeof(float) * (size_t)(s.stride * dim + 2 * (tokens / block));
+        size_t chunk = 64 * sizeof(float) * (size_t)(s.stride * dim + (int32_t)lanes);
+        size_t strip = 16 * 4 * (size_t)(tokens / block + tokens / block / 32) + 8192 + 4096;
+        RUN(pbs_select_workspace_size(&s, &bytes));
+        CHECK(bytes && bytes < band + chunk + strip, "%s stride %d: %zu", pbs_isa_name(isa),
+              s.stride, bytes);
+    }
+}
+
+static void test_groups(void) {
+    pbs_isa isas[PBS_ISA_COUNT];
+    int count = available_isas(PBS_DTYPE_FP32, isas);
+    for (int i = 0; i < count; i++) {
+        test_strides(isas[i], grid_step(isas[i]));
+        test_bands(isas[i]);
+        for (int how = 0; how < 2; how++)
+            test_nan(isas[i], PBS_SELECT_ANTIDIAGONAL, (pbs_reduce)how);
+        test_nan(isas[i], PBS_SELECT_MEAN_POOL, PBS_REDUCE_SUM);
+        test_bytes(isas[i]);
+    }
 }
 
 void test_select(void) {
@@ -271,6 +364,7 @@ void test_select(void) {
                          (pbs_reduce)(n % 2), n % 2 ? 16 : 4, n);
             }
     }
+    test_groups();
     for (int mode = 0; mode < 5; mode++) /* prefix, padding, no rows, more queries than keys */
         for (int method = 0; method < 2; method++) {
             pbs_isa isas[PBS_ISA_COUNT];

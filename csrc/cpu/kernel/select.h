@@ -1,12 +1,14 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * select: block logits, C = scale A B^T in fp32, by the same micro-kernel. Every element is one
- * chain of products over depth, so cutting rows or columns differently never changes a bit.
+ * select: block logits, C = scale A B^T in fp32, by the same micro-kernel, and their softmax. Every
+ * element of C is one chain of products over depth, so cutting rows or columns differently never
+ * changes a bit.
  */
 #ifndef PBS_CPU_KERNEL_SELECT_H
 #define PBS_CPU_KERNEL_SELECT_H
 
 #include "cpu/kernel/pack.h"
+#include "cpu/kernel/softmax.h"
 #include "cpu/kernel/tile.h"
 
 enum { GEMM_DEPTH = 128 }; /* of B at a time, transposed on the stack: 8 or 16 KiB */
@@ -65,6 +67,30 @@ static void kernel_gemm_nt(int32_t rows, int32_t cols, int32_t depth, float scal
                                          .scale = last ? scale : 1.0f};
             gemm_nt_rows(&block);
         }
+    }
+}
+
+/* Elements [i, i + VL) of x [n]; those beyond n are -inf. */
+INLINE vf load_or_minus_inf(const float *x, int32_t i, int32_t n) {
+    if (n - i >= VL) return vf_load(x + i);
+    float part[VL];
+    vf_store(part, vf_set1(-INFINITY));
+    memcpy(part, x + i, (size_t)(n - i) * sizeof *part);
+    return vf_load(part);
+}
+
+static void kernel_log_softmax(float *x, int32_t n) {
+    vf top = vf_set1(-INFINITY), sum = vf_zero();
+    for (int32_t i = 0; i < n; i += VL) top = vf_max(load_or_minus_inf(x, i, n), top);
+    const vf max = vf_set1(vf_hmax(top)), log2_e = vf_set1(PBS_LOG2_E);
+    for (int32_t i = 0; i < n; i += VL) {
+        const vf below = vf_sub(load_or_minus_inf(x, i, n), max);
+        sum = vf_add(sum, vf_exp2(EXP2_FINEST, vf_mul(below, log2_e)));
+    }
+    const vf log_sum = vf_set1(logf(vf_hadd(sum)));
+    for (int32_t i = 0; i < n; i += VL) {
+        const vf below = vf_sub(load_or_minus_inf(x, i, n), max);
+        vf_store_as(PBS_DTYPE_FP32, x + i, n - i, vf_sub(below, log_sum));
     }
 }
 

@@ -24,7 +24,7 @@ static const float exp2_fine[] = {0x1.fffffep-1f, 0x1.62e4f6p-1f, 0x1.ebd5a8p-3f
 static const float exp2_finest[] = {0x1p+0f,      0x1.62e42ap-1f,  0x1.ebfd9ep-3f, 0x1.c685p-5f,
                                     0x1.3d28p-7f, 0x1.461954p-10f, 0x1.c72118p-13f};
 
-/* Exactly 0 below 2^-126, so no denormal (slow on some cores) ever comes out. */
+/* Exactly 0 below 2^-126; what the polynomial may leave just under 2^-126 is flushed (state.h). */
 INLINE vf vf_exp2(const exp2_degree degree, vf v) {
     const float *poly = degree == EXP2_COARSE ? exp2_coarse
                         : degree == EXP2_FINE ? exp2_fine
@@ -66,6 +66,7 @@ typedef struct softmax_state {
     float *acc_o;      /* [rows][columns]; NULL: no output, as in scoring */
     int64_t columns;
     float scale_log2;
+    uint64_t *rescales; /* NULL: not counted */
 } softmax_state;
 
 INLINE void scale_row(float *row, int64_t n, vf factor) {
@@ -73,9 +74,11 @@ INLINE void scale_row(float *row, int64_t n, vf factor) {
 }
 
 static void raise_row_max(const softmax_state *state, int64_t r, float top) {
-    const float raised = ceilf(top);
-    const vf down = vf_set1(power_of_two(state->row_max[r] - raised));
+    const float raised = ceilf(top), before = state->row_max[r];
     state->row_max[r] = raised;
+    if (before == NO_ROW_MAX) return; /* the sums are zeros */
+    if (state->rescales) ++*state->rescales;
+    const vf down = vf_set1(power_of_two(before - raised));
     scale_row(state->row_sum + r * VL, VL, down);
     if (state->row_weight) scale_row(state->row_weight + r * VL, VL, down);
     if (state->acc_o) scale_row(state->acc_o + r * state->columns, state->columns, down);

@@ -119,6 +119,8 @@ typedef enum pbs_isa {
     PBS_ISA_EMU_AVX512 = 6,
     PBS_ISA_EMU_AVX512_BF16 = 7,
     PBS_ISA_SM80 = 8, /* CUDA, compute capability 8.0 and up */
+    PBS_ISA_AMX = 9,  /* AMX-BF16 tiles beside AVX-512 */
+    PBS_ISA_EMU_AMX = 10,
     PBS_ISA_COUNT
 } pbs_isa;
 
@@ -131,9 +133,18 @@ typedef struct pbs_exec {
     int32_t device; /* CUDA ordinal; 0 on CPU */
 } pbs_exec;
 
+/* What one thread slot did in attend: for benchmarks. CPU only. */
+typedef struct pbs_work_counters {
+    uint64_t items;    /* query blocks of a head */
+    uint64_t blocks;   /* key blocks computed, of the list and of the own span */
+    uint64_t rescales; /* rows whose running maximum was raised after their first keys */
+    uint64_t busy_ns;  /* time inside items */
+} pbs_work_counters;
+
 PBS_API const char *pbs_isa_name(pbs_isa isa);       /* "avx2"; NULL if there is none */
 PBS_API pbs_isa pbs_isa_from_name(const char *name); /* PBS_ISA_COUNT if unknown */
 PBS_API int pbs_isa_available(pbs_isa isa);          /* compiled in, and this CPU can run it */
+PBS_API const char *pbs_isa_missing(pbs_isa isa);    /* why it is not; NULL if it is */
 PBS_API pbs_isa pbs_isa_for(pbs_isa wanted, pbs_dtype dtype); /* what a call would run */
 
 /* ---- options --------------------------------------------------------------------------------- */
@@ -318,6 +329,7 @@ typedef struct pbs_attend_params {
     void *workspace;
     size_t workspace_bytes;
     pbs_exec exec;
+    pbs_work_counters *counters; /* [exec.num_threads] or NULL: attend adds to them */
 } pbs_attend_params;
 
 PBS_API pbs_status pbs_attend_workspace_size(const pbs_attend_params *params, size_t *bytes);
@@ -359,6 +371,7 @@ typedef struct pbs_prefill_params {
     void *workspace;
     size_t workspace_bytes;
     pbs_exec exec;
+    pbs_work_counters *counters; /* [exec.num_threads] or NULL: attend adds to them */
 } pbs_prefill_params;
 
 PBS_API pbs_status pbs_prefill_workspace_size(const pbs_prefill_params *params, size_t *bytes);

@@ -1,0 +1,7 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#define VEC_AVX512
+#define VEC_PAIRS 1
+#define VEC_TEST test_vec_avx512bf16
+#define VEC_TEST_ISA PBS_ISA_AVX512_BF16
+
+#include "vec_test.h"

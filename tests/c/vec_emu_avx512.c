@@ -1,0 +1,6 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#define VEC_EMU 16
+#define VEC_TEST test_vec_emu_avx512
+#define VEC_TEST_ISA PBS_ISA_EMU_AVX512
+
+#include "vec_test.h"
