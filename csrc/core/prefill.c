@@ -1,16 +1,19 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * prefill = score, permute, select, attend on one wave of K/V heads after another. A wave is a
- * rectangle of the call: all heads of some sequences, or some K/V heads of one. Each verb sees it
- * as a smaller call on the same memory, so the result is what the four verbs give, bit for bit.
+ * prefill = score, permute, select, attend on one wave of heads after another. A wave is a
+ * rectangle of the call: all heads of some sequences, some K/V heads of one, or, where each has a
+ * permutation of its own, some query heads of one K/V head. Each verb sees it as a smaller call on
+ * the same memory, so the result is what the four verbs give, bit for bit.
  */
 #include "arena.h"
 #include "backend.h"
 
-/* Sequences [batch, batch + batches) and K/V heads [head, head + heads). */
+/* Sequences [batch, batch + batches), K/V heads [head, head + heads), and of those that share each
+ * of them the query heads [query, query + queries): all, unless there is one K/V head. */
 typedef struct wave {
     int32_t batch, batches;
     int32_t head, heads;
+    int32_t query, queries;
 } wave;
 
 typedef struct prefill_run {
@@ -55,15 +58,29 @@ static int is_natural(pbs_permute_mode mode) {
     return mode == PBS_PERMUTE_NONE || mode == PBS_PERMUTE_IDENTITY;
 }
 
+/* Every query head has its own permutation. */
+static int is_per_head(const prefill_run *run) {
+    return run->d->heads_p == run->d->heads_q && !is_natural(run->p->mode);
+}
+
 static pbs_dims dims_of(const prefill_run *run, const wave *w) {
     pbs_dims d = *run->d;
-    int per_head = d.heads_p == d.heads_q && !is_natural(run->p->mode);
     d.geometry = geometry_of(run->d, w);
     d.batch = w->batches;
     d.heads_k = w->heads;
-    d.heads_q = w->heads * d.group;
-    d.heads_p = per_head ? d.heads_q : d.heads_k;
+    d.group = w->queries;
+    d.heads_q = w->heads * w->queries;
+    d.heads_p = is_per_head(run) ? d.heads_q : d.heads_k;
     return d;
+}
+
+/* First query head, and first owner of a permutation. */
+static int32_t first_q(const prefill_run *run, const wave *w) {
+    return w->head * run->d->group + w->query;
+}
+
+static int32_t first_p(const prefill_run *run, const wave *w) {
+    return run->d->heads_p == run->d->heads_q ? first_q(run, w) : w->head;
 }
 
 static int needs_score(const pbs_prefill_params *p) {
@@ -73,7 +90,7 @@ static int needs_score(const pbs_prefill_params *p) {
 static pbs_score_params score_params(const prefill_run *run, const wave *w) {
     const pbs_prefill_params *p = run->p;
     pbs_score_params v = PBS_INIT(pbs_score_params);
-    v.q = part_of(&p->q, w, w->head * run->d->group, run->dims.heads_q);
+    v.q = part_of(&p->q, w, first_q(run, w), run->dims.heads_q);
     v.k.view = part_of(&p->k.view, w, w->head, run->dims.heads_k);
     v.geometry = run->dims.geometry;
     v.softmax_scale = p->softmax_scale;
@@ -90,15 +107,14 @@ static pbs_score_params score_params(const prefill_run *run, const wave *w) {
 
 static pbs_permute_params permute_params(const prefill_run *run, const wave *w) {
     const pbs_prefill_params *p = run->p;
-    int32_t first_p = w->head * (run->d->heads_p == run->d->heads_q ? run->d->group : 1);
-    int64_t perm = (int64_t)w->batch * run->d->heads_p + first_p;
+    int64_t perm = (int64_t)w->batch * run->d->heads_p + first_p(run, w);
     pbs_permute_params v = PBS_INIT(pbs_permute_params);
-    v.q = part_of(&p->q, w, w->head * run->d->group, run->dims.heads_q);
+    v.q = part_of(&p->q, w, first_q(run, w), run->dims.heads_q);
     v.k.view = part_of(&p->k.view, w, w->head, run->dims.heads_k);
     v.v.view = part_of(&p->v.view, w, w->head, run->dims.heads_k);
     v.score = run->score;
     v.k_perm_in = from(p->k_perm_in, perm * run->d->max_k);
-    v.permute_heads = is_natural(p->mode) ? NULL : from(p->permute_heads, first_p);
+    v.permute_heads = is_natural(p->mode) ? NULL : from(p->permute_heads, first_p(run, w));
     v.geometry = run->dims.geometry;
     v.block_size = p->block_size;
     v.segment_size = p->segment_size;
@@ -117,12 +133,12 @@ static pbs_permute_params permute_params(const prefill_run *run, const wave *w) 
 static pbs_select_params select_params(const prefill_run *run, const wave *w) {
     const pbs_prefill_params *p = run->p;
     pbs_select_params v = PBS_INIT(pbs_select_params);
-    v.q = part_of(&p->q, w, w->head * run->d->group, run->dims.heads_q);
+    v.q = part_of(&p->q, w, first_q(run, w), run->dims.heads_q);
     v.k.view = part_of(&p->k.view, w, w->head, run->dims.heads_k);
     v.k_pool = run->k_pool;
     v.k_perm = run->k_perm;
     v.q_perm = pbs_permutes_queries(p->mode) ? run->q_perm : NULL;
-    v.tau_heads = p->tau_heads ? p->tau_heads + w->head * run->d->group : NULL;
+    v.tau_heads = p->tau_heads ? p->tau_heads + first_q(run, w) : NULL;
     v.geometry = run->dims.geometry;
     v.softmax_scale = p->softmax_scale;
     v.block_size = p->block_size;
@@ -143,9 +159,8 @@ static pbs_select_params select_params(const prefill_run *run, const wave *w) {
 
 static pbs_attend_params attend_params(const prefill_run *run, const wave *w) {
     const pbs_prefill_params *p = run->p;
-    int32_t first_q = w->head * run->d->group;
     pbs_attend_params v = PBS_INIT(pbs_attend_params);
-    v.q = part_of(&p->q, w, first_q, run->dims.heads_q);
+    v.q = part_of(&p->q, w, first_q(run, w), run->dims.heads_q);
     v.k.view = part_of(&p->k.view, w, w->head, run->dims.heads_k);
     v.v.view = part_of(&p->v.view, w, w->head, run->dims.heads_k);
     v.packed = run->packed;
@@ -160,8 +175,9 @@ static pbs_attend_params attend_params(const prefill_run *run, const wave *w) {
     v.heads_sel = run->dims.heads_q;
     v.gqa = p->gqa;
     v.own = pbs_own_of_mode(p->mode);
-    v.out = part_of(&p->out, w, first_q, run->dims.heads_q);
-    if (p->lse.data) v.lse = part_of(&p->lse, w, first_q, run->dims.heads_q);
+    v.out = part_of(&p->out, w, first_q(run, w), run->dims.heads_q);
+    if (p->lse.data) v.lse = part_of(&p->lse, w, first_q(run, w), run->dims.heads_q);
+    v.counters = p->counters;
     v.exec = p->exec;
     v.workspace = run->verbs;
     return v;
@@ -205,19 +221,28 @@ static size_t cut(prefill_run *run, const wave *w, void *workspace) {
     return pbs_arena_bytes(&arena);
 }
 
-/* The largest wave under the cap; one K/V head of one sequence is always allowed. */
+/* One step larger: query heads, then K/V heads, then sequences. 0: there is nothing larger. */
+static int grow(const pbs_dims *d, wave *w) {
+    if (w->queries < d->group)
+        w->queries++;
+    else if (w->heads < d->heads_k)
+        w->heads++;
+    else if (w->batches < d->batch)
+        w->batches++;
+    else
+        return 0;
+    return 1;
+}
+
+/* The largest wave under the cap; the smallest one is always allowed: a query head of one sequence,
+ * or a K/V head where its query heads share their permutation. */
 static wave largest_wave(prefill_run *run, size_t *bytes) {
     const pbs_dims *d = run->d;
     size_t cap = run->p->workspace_cap;
     if (!cap) cap = run->backend->wave_cap(&run->p->exec);
-    wave best = {0, 1, 0, 1}, next = best;
+    wave best = {0, 1, 0, 1, 0, is_per_head(run) ? 1 : d->group}, next = best;
     *bytes = cut(run, &best, NULL);
-    while (best.heads < d->heads_k || best.batches < d->batch) {
-        next = best;
-        if (next.heads < d->heads_k)
-            next.heads++;
-        else
-            next.batches++;
+    while (grow(d, &next)) {
         size_t needed = cut(run, &next, NULL);
         if (needed > cap) break;
         best = next;
@@ -240,8 +265,8 @@ size_t pbs_prefill_bytes(const pbs_prefill_params *p, const pbs_dims *d, const v
 static void use_caller_outputs(prefill_run *run, const wave *w) {
     const pbs_prefill_params *p = run->p;
     const pbs_dims *d = run->d;
-    int64_t q_head = (int64_t)w->batch * d->heads_q + (int64_t)w->head * d->group;
-    int64_t p_head = (int64_t)w->batch * d->heads_p + (int64_t)w->head * (d->heads_p / d->heads_k);
+    int64_t q_head = (int64_t)w->batch * d->heads_q + first_q(run, w);
+    int64_t p_head = (int64_t)w->batch * d->heads_p + first_p(run, w);
     if (p->count) run->count = p->count + q_head * d->blocks_q;
     if (p->bits) run->bits = p->bits + q_head * d->blocks_q * d->words;
     if (p->k_perm && !is_natural(p->mode)) run->k_perm = p->k_perm + p_head * d->max_k;
@@ -252,8 +277,7 @@ static pbs_status run_wave(prefill_run *run, const wave *w) {
     const pbs_dims *d = &run->dims;
     if (needs_score(run->p)) {
         pbs_score_params score = score_params(run, w);
-        int32_t first = w->head * (run->d->heads_p / run->d->heads_k);
-        PBS_TRY(run->backend->score(&score, d, run->k, first));
+        PBS_TRY(run->backend->score(&score, d, run->k, first_p(run, w)));
     }
     pbs_permute_params permute = permute_params(run, w);
     PBS_TRY(run->backend->permute(&permute, d, run->k));
@@ -286,9 +310,12 @@ pbs_status pbs_prefill_run(const pbs_prefill_params *p, const pbs_dims *d, const
         w.batches = pbs_min_i32(step.batches, d->batch - w.batch);
         for (w.head = 0; w.head < d->heads_k; w.head += step.heads) {
             w.heads = pbs_min_i32(step.heads, d->heads_k - w.head);
-            cut(&run, &w, p->workspace);
-            use_caller_outputs(&run, &w);
-            PBS_TRY(run_wave(&run, &w));
+            for (w.query = 0; w.query < d->group; w.query += step.queries) {
+                w.queries = pbs_min_i32(step.queries, d->group - w.query);
+                cut(&run, &w, p->workspace);
+                use_caller_outputs(&run, &w);
+                PBS_TRY(run_wave(&run, &w));
+            }
         }
     }
     return PBS_OK;
