@@ -13,7 +13,7 @@ one of `register`, `patch_model` and `unpatch_model` is asked for.
 
 from .config import PBSConfig
 from .env import build_info
-from .interface import attend, pbs_attention, workspace_size
+from .interface import attend, keep_workspace, pbs_attention, workspace_size
 from .routing import supports
 from .stats import record
 
@@ -22,6 +22,7 @@ __all__ = [
     "PBSConfig",
     "attend",
     "build_info",
+    "keep_workspace",
     "patch_model",
     "pbs_attention",
     "record",

@@ -14,6 +14,8 @@
 
 #if defined(PBS_CUDA_LIBRARY)
 #include "cuda/cuda.h"
+#else
+#include "torch/keep.h"
 #endif
 
 #ifndef PBS_BUILD_TORCH
@@ -313,6 +315,26 @@ static PyObject *cpu_capabilities(PyObject *self, PyObject *unused) {
     return dict;
 }
 
+PyDoc_STRVAR(missing_isas_doc,
+             "missing_isas() -> dict[str, str]\n\nInstruction sets of CPUs that do not run here -> "
+             "why not.");
+
+static PyObject *missing_isas(PyObject *self, PyObject *unused) {
+    (void)self, (void)unused;
+    PyObject *dict = PyDict_New();
+    if (!dict) return NULL;
+    for (int isa = PBS_ISA_AUTO + 1; isa < PBS_ISA_COUNT; isa++) {
+        const char *name = isa == PBS_ISA_SM80 ? NULL : pbs_isa_name((pbs_isa)isa);
+        const char *why = pbs_isa_missing((pbs_isa)isa);
+        if (!name || !why) continue;
+        if (set_item(dict, name, PyUnicode_FromString(why)) < 0) {
+            Py_DECREF(dict);
+            return NULL;
+        }
+    }
+    return dict;
+}
+
 PyDoc_STRVAR(
     isa_doc,
     "isa(dtype='bfloat16') -> str\n\nThe instruction set that a call with this dtype would "
@@ -340,9 +362,22 @@ static PyObject *forced_isa(PyObject *self, PyObject *unused) {
     return text_or_none(getenv(ISA_VARIABLE));
 }
 
+PyDoc_STRVAR(keep_workspace_doc,
+             "keep_workspace(bytes) -> int\n\nThe largest workspace that calls on a CPU leave for "
+             "the next one. Returns the bytes given back.");
+
+static PyObject *keep_workspace(PyObject *self, PyObject *bytes) {
+    (void)self;
+    size_t limit = PyLong_AsSize_t(bytes);
+    if (limit == (size_t)-1 && PyErr_Occurred()) return NULL;
+    return PyLong_FromSize_t(pbs_torch_keep_workspace(limit));
+}
+
 static PyMethodDef methods[] = {
     COMMON_METHODS,
+    {"keep_workspace", keep_workspace, METH_O, keep_workspace_doc},
     {"cpu_capabilities", cpu_capabilities, METH_NOARGS, cpu_capabilities_doc},
+    {"missing_isas", missing_isas, METH_NOARGS, missing_isas_doc},
     {"isa", WITH_KEYWORDS(isa), isa_doc},
     {"forced_isa", forced_isa, METH_NOARGS, forced_isa_doc},
     {NULL, NULL, 0, NULL},

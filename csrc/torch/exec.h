@@ -8,7 +8,8 @@
 
 #include <torch/csrc/stable/accelerator.h>
 
-#include "convert.h"
+#include "fork.h"
+#include "workspace.h"
 
 namespace pbs {
 
@@ -57,7 +58,7 @@ class Exec {
         TORCH_ERROR_CODE_CHECK(torch_get_num_threads(&threads));
         c.parallel_for = &Exec::parallel_for;
         c.pool = this;
-        c.num_threads = static_cast<int32_t>(threads);
+        c.num_threads = Fork::lost() ? 1 : static_cast<int32_t>(threads);
         c.isa = to_enum<pbs_isa>("isa", isa ? isa : DEFAULT_ISA);
     }
     Exec(const Exec &) = delete; /* c.pool points here */
@@ -69,15 +70,13 @@ class Exec {
 
 #endif
 
-/* Runs one verb, p.exec being exec's: its workspace comes from torch's allocator and is gone
- * afterwards (on a device, for whoever comes next on the same stream). */
+/* Runs one verb, p.exec being exec's. */
 template <class Params>
 void run(Params &p, pbs_status (*size)(const Params *, size_t *),
          pbs_status (*verb)(const Params *), const Tensor &like, const Exec &exec) {
     check(size(&p, &p.workspace_bytes));
-    const auto bytes = static_cast<int64_t>(p.workspace_bytes);
-    Tensor memory = new_tensor(like, {bytes}, ScalarType::Byte);
-    p.workspace = memory.mutable_data_ptr(); /* of any alignment */
+    Workspace memory(like, p.workspace_bytes);
+    p.workspace = memory.data();
     check(verb(&p));
     exec.finish();
 }

@@ -8,6 +8,7 @@
 #include <tuple>
 
 #include "exec.h"
+#include "keep.h"
 
 namespace pbs::ops {
 
@@ -76,7 +77,7 @@ permute(Tensor q, Tensor k, Tensor v, OptTensor score, OptTensor k_perm_in, OptT
     if (pack) check(pbs_kv_packed_bytes(&p, &p.packed_bytes));
     Tensor packed = new_tensor(q, {static_cast<int64_t>(p.packed_bytes)}, ScalarType::Byte);
     /* Panels of keys that do not exist are not written: the same call must give the same bytes. */
-    if (pack) torch::stable::zero_(packed);
+    if (pack) fill(packed, 0.0f);
     p.packed = pack ? data_of(packed) : nullptr;
     run(p, pbs_permute_workspace_size, pbs_permute, q, exec);
     return {k_perm, q_perm, k_pool, v_pool, packed};
@@ -130,8 +131,8 @@ std::tuple<Tensor, Tensor> new_outputs(const Tensor &q, bool geometry_given, boo
     Tensor lse = return_lse ? new_tensor(q, {q.size(0), q.size(1), q.size(2)}, ScalarType::Float)
                             : new_tensor(q, {0}, ScalarType::Float);
     if (geometry_given) {
-        torch::stable::zero_(out);
-        if (return_lse) torch::stable::fill_(lse, -std::numeric_limits<double>::infinity());
+        fill(out, 0.0f);
+        if (return_lse) fill(lse, -std::numeric_limits<float>::infinity());
     }
     return {out, lse};
 }
@@ -314,6 +315,10 @@ void implement(StableLibrary &m) {
 }
 
 } // namespace pbs::ops
+
+#if !defined(PBS_CUDA_LIBRARY) && !defined(PBS_EMULATED_LIBRARY)
+size_t pbs_torch_keep_workspace(size_t bytes) { return pbs::Workspace::keep(bytes); }
+#endif
 
 /* Schemas are defined once, by the CPU library, which is always there. The emulated GPU's ops have
  * a namespace of their own, and take CPU tensors. */
