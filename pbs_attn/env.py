@@ -94,10 +94,11 @@ def build_info(gpus=False):
     """What was built and what runs here, as one dictionary that JSON can hold.
 
     `core` is what the C core says of itself (compiler, flags, instruction sets), `isa` what a
-    call would run per dtype on the CPU now, `libraries` whether each library is loaded and, if
-    not, why, `cuda` what the CUDA library holds (None if it is not loaded). No GPU is asked for
-    anything unless gpus=True, which starts CUDA and adds `driver` and `gpus`: name, compute
-    capability, memory, and why no kernels run there (None if they do).
+    call would run per dtype on the CPU now, `cpu` which instruction sets run here, `cpu_missing`
+    why the others do not, `libraries` whether each library is loaded and, if not, why, `cuda` what
+    the CUDA library holds (None if it is not loaded). No GPU is asked for anything unless
+    gpus=True, which starts CUDA and adds `driver` and `gpus`: name, compute capability, memory,
+    and why no kernels run there (None if they do).
     """
     from . import __version__ as version
     from . import _load
@@ -109,6 +110,7 @@ def build_info(gpus=False):
         "core": json.loads(core) if isinstance(core, str) else core,
         "isa": {dtype: _load.C.isa(dtype) for dtype in ("float32", "float16", "bfloat16")},
         "cpu": dict(_load.C.cpu_capabilities()),
+        "cpu_missing": dict(_load.C.missing_isas()),
         "backend": current.backend,
         "libraries": _load.libraries(),
         "cuda": _load.CUDA.build_info() if _load.CUDA else None,

@@ -28,6 +28,8 @@ NAMES = {
         "emu_avx512": 6,
         "emu_avx512bf16": 7,
         "sm80": 8,
+        "amx": 9,
+        "emu_amx": 10,
     },
 }
 CONFIG_NAMES = ("permute", "order", "gqa", "select", "reduce", "rule")

@@ -177,6 +177,8 @@ def _lines(found):
         # emu_*: the vector kernels spelled out in C, for tests; they run everywhere.
         runs = [name for name, value in build["cpu"].items() if value and "emu" not in name]
         yield "CPU runs    " + ", ".join(runs)
+        if build["cpu_missing"]:
+            yield "CPU lacks   " + ", ".join(f"{x} ({y})" for x, y in build["cpu_missing"].items())
         yield from _gpu_lines(build)
         chosen = ", ".join(f"{dtype} {isa}" for dtype, isa in build["isa"].items())
         forced = found["forced_isa"]
