@@ -13,7 +13,7 @@ DEMO_ARGS ?= $(if $(PBS_DEMO_TOKENS),--length $(PBS_DEMO_TOKENS))
 PYTEST_ARGS ?= -n $(shell nproc)
 C_FILES = $(wildcard csrc/*/*.[ch] csrc/*/*/*.[ch] csrc/torch/*.cpp tests/c/*.[ch] examples/*.c) $(wildcard \
 	csrc/cuda/*.cu csrc/cuda/*.cuh tests/emu/*.h tests/emu/*.cuh tests/emu/*.cc tests/emu/*.c \
-	tests/gpu/*.cu benchmarks/peak/*.cu)
+	tests/gpu/*.cu benchmarks/peak/*.cu benchmarks/kernel/*.[ch])
 PY_FILES = setup.py build_tools pbs_attn tools tests $(wildcard benchmarks examples)
 # The model and tokenizer files come from an installed package; no test reaches for the network.
 OFFLINE = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_WAIT_POLICY=passive
@@ -51,7 +51,8 @@ test-long: build $(VENV)/.dev ## the tests that take minutes
 build: $(VENV)/.torch ## the extensions, in place; the CUDA one where there is nvcc
 	@$(PY) setup.py -q build_ext --inplace
 
-bench: build $(VENV)/.dev ## measure prefill; results go to benchmarks/results
+bench: build $(VENV)/.dev ## measure a block and prefill; results go to benchmarks/results
+	$(OFFLINE) $(PY) -m benchmarks.block --json results
 	$(OFFLINE) $(PY) -m benchmarks.prefill --json results
 
 # ---- parts of `make test` -------------------------------------------------------------------------

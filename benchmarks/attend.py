@@ -30,7 +30,10 @@ def forced(work) -> list[Row]:
 
 
 def with_baselines(work) -> list[Row]:
-    return [*rows(work), *forced(work), *baselines.rows(work), *flex.rows(work)]
+    from benchmarks import steps
+
+    others = steps.fewer_threads(work) if work.device.kind == "cpu" else []
+    return [*rows(work), *others, *forced(work), *baselines.rows(work), *flex.rows(work)]
 
 
 if __name__ == "__main__":

@@ -25,6 +25,10 @@ BOUND = 0.05  # of the largest value: 16-bit kernels are off by 0.01, another ma
 
 
 def rows(work) -> list[Row]:
+    limit = work.args.max_dense
+    if work.device.kind == "cpu" and limit and work.shape.length > limit:
+        work.failures["dense, sdpa"] = f"more than --max-dense {limit} tokens"
+        return []
     makers = {"dense": lambda work: work.dense} | (
         {"sdpa": _sdpa} if work.device.kind == "cpu" else ON_GPU
     )

@@ -58,7 +58,8 @@ def measure(args, device, dtype: str, rows: int, keys: int) -> dict:
     if stopped:
         raise KeyboardInterrupt
     block = work.config.block_size
-    results = [table.summarise(row, taken[row.name], work.shape, block) for row in todo]
+    threads = device.threads
+    results = [table.summarise(row, taken[row.name], work.shape, block, threads) for row in todo]
     best = table.best_dense(todo, results)
     if best is None:
         raise SystemExit(f"no dense kernel runs at {rows} rows, {keys} keys: {work.failures}")

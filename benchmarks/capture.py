@@ -51,13 +51,18 @@ def _file(path: str):
         raise SystemExit(f"--capture {path}: {error}") from None
 
 
-def capture(source: str, length: int, dtype: torch.dtype, device: torch.device = _CPU):
-    """q (1, Hq, N, D), k and v (1, Hk, N, D) on `device`. source: MODEL[,TEXT], or a saved file."""
+def capture(
+    source: str, length: int, dtype: torch.dtype, device: torch.device = _CPU, longest: int = 0
+):
+    """q (1, Hq, N, D), k and v (1, Hk, N, D) on `device`. source: MODEL[,TEXT], or a saved file.
+
+    longest: of all lengths that will be asked for; the model reads so much, once."""
     if source.endswith(SUFFIX):
         taken = tuple(t[:, :, :length] for t in _file(source))
     else:
         name, _, text = source.partition(",")
-        taken = _layer(name, text or None, length, device)[0]
+        whole = _layer(name, text or None, max(length, longest), device)[0]
+        taken = tuple(t[:, :, :length] for t in whole)
     return tuple(t.to(device, dtype, copy=True).contiguous() for t in taken)
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where rows run and how they are timed: on CPUs by a clock, on a GPU by events on its stream.
 
-A device gives: torch_device, banner(), peaks(), unit(row, isa), warm_up(call), time(call),
-probe(units), peak_extra_bytes(call), state(). harness.py knows nothing else about it.
+A device gives: torch_device, threads, banner(), peaks(), unit(row, isa), warm_up(call), time(call),
+probe(units, beside_ms), peak_extra_bytes(call), state(). harness.py knows nothing else about it.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 # A GPU is kept busy this long before the first event, so that a call's launches are queued by the
 # time it starts: in a model the layers before it do that. About 0.6 ms at 1.7 GHz.
 HOLD_CYCLES = 1_000_000
+PROBE_AT_MOST_MS = 200.0
 LOAD_MS = 1000.0  # GEMMs behind which clocks and power are read
 
 
@@ -29,6 +30,7 @@ LOAD_MS = 1000.0  # GEMMs behind which clocks and power are read
 class Timing:
     ms: float
     host_ms: float | None = None  # GPU: until the call returned; above ms, launching is the limit
+    ghz: float | None = None  # CPU: of the calling thread's core, mean of before and after
 
 
 def open_device(args):
@@ -50,6 +52,7 @@ class Cpu:
         torch.set_num_threads(args.threads)
         self.torch_device = torch.device("cpu")
         self.threads, self.probe_ms = args.threads, args.probe_ms
+        self.probe_share = args.probe_share
         self.clock = CLOCKS[args.clock]
         self.peak = Peak(args.threads, args.clock == "cpu")
 
@@ -61,18 +64,28 @@ class Cpu:
         return {u: statistics.median(self.peak.run(u, 50) for _ in range(5)) for u in units}
 
     def unit(self, row, isa: str) -> str:
-        return UNIT_OF_ISA.get(isa, "fma-c")
+        """Of the row's kernels; "fma-avx2 x1" where the row has its own number of threads."""
+        unit = UNIT_OF_ISA.get(isa, "fma-c")
+        return f"{unit} x{row.threads}" if row.threads else unit
 
     def warm_up(self, call) -> None:
         call()  # pages mapped, kernels chosen
 
     def time(self, call) -> Timing:
-        begin = self.clock()
+        before, begin = self.peak.ghz(), self.clock()
         call()
-        return Timing(1e3 * (self.clock() - begin))
+        ms, after = 1e3 * (self.clock() - begin), self.peak.ghz()
+        return Timing(ms, ghz=(before + after) / 2 if before and after else None)
 
-    def probe(self, units) -> dict[str, float]:
-        return {unit: self.peak.run(unit, self.probe_ms) for unit in units}
+    def probe(self, units, beside_ms: float = 0.0) -> dict[str, float]:
+        """beside_ms: the longer of the samples at both sides. A core may run above the clock that
+        it can hold for some milliseconds, so a probe lasts its share of a long sample."""
+        ms = max(self.probe_ms, min(self.probe_share * beside_ms, PROBE_AT_MOST_MS))
+        rates = {}
+        for unit in units:
+            name, _, threads = unit.partition(" x")
+            rates[unit] = self.peak.run(name, ms, int(threads or 0))
+        return rates
 
     def state(self) -> dict:
         return {}
@@ -156,7 +169,7 @@ class Cuda:
         del result
         return Timing(begin.elapsed_time(end), host_ms)
 
-    def probe(self, units) -> dict[str, float]:
+    def probe(self, units, beside_ms: float = 0.0) -> dict[str, float]:
         """Every unit, whatever the row: the GPU is as warm before a copy as before a GEMM."""
         return {unit: self.peak.run(unit, self.probe_ms) for unit in self.peak.units}
 

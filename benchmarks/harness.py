@@ -21,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from benchmarks import inputs, machine, options, table
+from benchmarks import inputs, machine, options, table, targets
 from benchmarks.inputs import Shape
 
 DRIFT = 0.10  # probes further apart than this flag the sample between them
@@ -38,7 +38,8 @@ class Row:
     diagonal: int = 0  # of the blocks, half masked
     bytes: int = 0  # that cannot be avoided; 0 = no GB/s
     dense: bool = False  # a dense kernel, so one of those that the best is chosen of
-    extra: dict = field(default_factory=dict)
+    threads: int = 0  # CPU: other than all; `call` sets them itself
+    extra: dict | Callable[[], dict] = field(default_factory=dict)  # called after the last sample
 
 
 @dataclass
@@ -48,6 +49,7 @@ class Sample:
     flagged: bool
     host_ms: float | None = None  # GPU: until the call returned
     probes: dict[str, tuple[float, float]] | None = None  # GPU: of every unit
+    ghz: float | None = None  # CPU: clock of the calling thread's core
 
 
 def measure(rows, device, isa: str, args, tick, until: float = math.inf):
@@ -56,22 +58,27 @@ def measure(rows, device, isa: str, args, tick, until: float = math.inf):
     until: of time.perf_counter; no round but the first is begun later."""
     taken: dict[str, list[Sample]] = {row.name: [] for row in rows}
     units = {row.name: device.unit(row, isa) for row in rows}
-    probed = set(units.values())
+    probed = sorted(set(units.values()))
+    lasts = []  # ms, of the warm-up at first
     try:
         for row in rows:
+            began = time.perf_counter()
             device.warm_up(row.call)
-        before = device.probe(probed)
+            lasts.append(1e3 * (time.perf_counter() - began))
+        before = device.probe(probed, lasts[0] if lasts else 0.0)
         for done in range(args.samples):
             if done and time.perf_counter() > until:
                 break
-            for row in rows:
+            for i, row in enumerate(rows):
                 timing = device.time(row.call)
-                after = device.probe(probed)
+                lasts[i] = timing.ms
+                after = device.probe(probed, max(timing.ms, lasts[(i + 1) % len(rows)]))
                 pairs = {unit: (before[unit], after[unit]) for unit in after}
                 pair = pairs[units[row.name]]
                 drift = abs(pair[0] - pair[1]) / max(pair)
                 every = pairs if device.kind == "cuda" else None
-                sample = Sample(timing.ms, pair, drift > DRIFT, timing.host_ms, every)
+                flagged = drift > DRIFT
+                sample = Sample(timing.ms, pair, flagged, timing.host_ms, every, timing.ghz)
                 taken[row.name].append(sample)
                 before = after
                 tick()
@@ -123,7 +130,7 @@ def begin(args, device) -> dict:
         "banner": about,
         "options": {name: str(value) for name, value in vars(args).items()},
         "peak_gflops": peaks,
-        "inputs": args.capture or inputs.__doc__.strip(),
+        "inputs": getattr(args, "capture", None) or inputs.__doc__.strip(),
         "complete": False,
         "shapes": [],
     }
@@ -133,7 +140,10 @@ def where(args, about: dict, verb: str) -> Path | None:
     """--json's file; 'results' picks one by machine, verb and head_dim, --quick's apart."""
     if not args.json or str(args.json) != "results":
         return args.json
-    name = f"{verb}-d{args.head_dim}" + ("-quick" if args.quick else "")
+    of = f"-d{args.head_dim}" if hasattr(args, "head_dim") else ""
+    if getattr(args, "capture", None):
+        of = "-" + Path(args.capture.partition(",")[0]).stem
+    name = f"{verb}{of}" + ("-quick" if args.quick else "")
     return machine.ROOT / "benchmarks" / "results" / machine.slug(about) / f"{name}.json"
 
 
@@ -158,6 +168,8 @@ def main(verb: str, rows: Callable, arguments=None, open_device: Callable | None
             if out:
                 save(out, report)
         report["complete"] = True
+        for line in targets.growth_lines(report["shapes"]):
+            print(line)
     except KeyboardInterrupt:
         print("stopped: what was measured so far is kept")
     if device.kind == "cuda":
@@ -209,17 +221,26 @@ def _entries(args, rows: Callable, device):
 def entry(work, dtype: str, rows: list[Row], taken: dict) -> dict:
     """One shape's part of the report, and its table."""
     block = work.config.block_size
-    results = [table.summarise(row, taken[row.name], work.shape, block) for row in rows]
+    threads = {row.name: row.threads or work.device.threads for row in rows}
+    results = [
+        table.summarise(row, taken[row.name], work.shape, block, threads[row.name]) for row in rows
+    ]
     about = asdict(work.shape) | {"dtype": dtype, "isa": work.isa}
     title = f"{work.shape}   {work.isa}"
     table.compare(results, "dense")
     if work.device.kind == "cpu":
         table.compare(results, "sdpa")
-        unit = work.device.unit(rows[0], work.isa)
-        probes = [p for r in results for s in r["samples"] for p in s["probe"]]
+        table.compare_threads(rows, results)
+        unit = work.device.unit(Row("", None), work.isa)
+        of_all = [r for row, r in zip(rows, results, strict=True) if not row.threads]
+        probes = [p for r in of_all for s in r["samples"] for p in s["probe"]]
         rate = {unit: statistics.median(probes)}
+        made = about | {"unit": unit, "rows": results} | _failed(work)
+        made["targets"] = [check.record() for check in targets.of_shape(made)]
         print(table.cpu_table(title, rate, results, work.failures), flush=True)
-        return about | {"unit": unit, "rows": results} | _failed(work)
+        for check in targets.of_shape(made):
+            print(f"  {check}")
+        return made
     best = table.best_dense(rows, results)
     if best:
         table.compare(results, best, "best")

@@ -35,6 +35,8 @@ PREFILL = """\
   python -m benchmarks.prefill --capture smollm2 --lengths 8k --save-capture qkv.safetensors
   python -m benchmarks.prefill --capture qkv.safetensors --lengths 4k
   python -m benchmarks.prefill --break-even --samples 5
+  python -m benchmarks.prefill --threads 1,2 --lengths 4k,8k,16k,32k,64k --heads 1 --heads-k 1
+  python -m benchmarks.prefill --lengths 128k --heads 1 --heads-k 1 --max-dense 32k
 """
 
 
@@ -44,6 +46,13 @@ def length(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"length must be at least 1, got {text}")
     return value
+
+
+def thread_counts(text: str) -> list[int]:
+    counts = [int(part) if part.isdigit() else 0 for part in str(text).split(",")]
+    if min(counts) < 1:
+        raise SystemExit(f"--threads {text}: numbers of at least 1, separated by commas")
+    return counts
 
 
 def parser(verb: str) -> argparse.ArgumentParser:
@@ -69,7 +78,9 @@ def parser(verb: str) -> argparse.ArgumentParser:
     p.add_argument("--tau", type=float, default=0.9)
     p.add_argument("--block-size", type=int, default=128)
     p.add_argument("--segment-size", type=int, default=256)
-    p.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
+    several = "of the CPU; 1,2: also attend on 1 thread, for the speed-up (here: %(default)s)"
+    p.add_argument("--threads", default=str(torch.get_num_threads()), metavar="N[,M]", help=several)
+    p.add_argument("--max-dense", metavar="LENGTH", help="CPU: no dense and sdpa rows above this")
     clocks = "CPU: wall, or this process's CPU time: one thread, for a machine that does other work"
     p.add_argument("--clock", choices=("wall", "cpu"), default="wall", help=clocks)
     p.add_argument("--samples", type=int, default=9, help="rounds per shape (%(default)s)")
@@ -77,6 +88,8 @@ def parser(verb: str) -> argparse.ArgumentParser:
     p.add_argument("--seconds", type=float, help=enough)
     p.add_argument("--warmup-ms", type=float, default=50.0, help="GPU: per row (%(default)s)")
     p.add_argument("--probe-ms", type=float, default=10.0, help="length of a peak probe")
+    share = "CPU: but at least this share of the samples beside it, up to 200 ms (%(default)s)"
+    p.add_argument("--probe-share", type=float, default=0.05, help=share)
     where = "'results' = benchmarks/results/<cpu or gpu>/"
     p.add_argument("--json", type=Path, metavar="OUT", help=where)
     kinds = ("structured", "normal")
@@ -111,8 +124,14 @@ def parse(verb: str, arguments=None) -> argparse.Namespace:
     for name, value in DEFAULTS[kind].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if args.threads < 1 or args.samples < 1:
-        raise SystemExit(f"--threads {args.threads} --samples {args.samples}: at least 1 each")
+    args.thread_list = thread_counts(args.threads)
+    args.threads = max(args.thread_list)
+    if len(args.thread_list) > 1 and (kind != "cpu" or verb not in ("attend", "prefill")):
+        raise SystemExit("--threads N,M: attend and prefill on a CPU only")
+    if args.samples < 1:
+        raise SystemExit(f"--samples {args.samples}: at least 1")
+    if args.max_dense is not None:
+        args.max_dense = length(args.max_dense)
     unknown = set(args.dtypes.split(",")) - set(DTYPES)
     if unknown:
         raise SystemExit(f"--dtypes: unknown {', '.join(sorted(unknown))}; of {', '.join(DTYPES)}")
@@ -120,4 +139,52 @@ def parse(verb: str, arguments=None) -> argparse.Namespace:
         raise SystemExit(f"--clock cpu --threads {args.threads}: only --threads 1 is allowed")
     if args.save_capture and not args.capture:
         raise SystemExit("--save-capture needs --capture MODEL")
+    return args
+
+
+BLOCK = """\
+examples:
+  python -m benchmarks.block --quick
+  python -m benchmarks.block --json results
+  python -m benchmarks.block --isa avx2 --dtypes bf16 --head-dims 64,128 --no-parts
+  python -m benchmarks.block --isa c --head-dims 64 --samples 3
+"""
+QUICK_BLOCK = {"samples": 3, "sample_ms": 2.0, "probe_ms": 2.0, "keys": 2048, "blocks": 8}
+
+
+def parse_block(arguments=None) -> argparse.Namespace:
+    """The command line of benchmarks.block: one thread of a CPU."""
+    p = argparse.ArgumentParser(
+        prog="python -m benchmarks.block",
+        description="Measure one 128 x 128 block, and what is done to 128 keys before it: see "
+        "benchmarks/README.md.",
+        epilog=BLOCK,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("--isa", help="of pbs_isa_name, comma separated (every native vector one)")
+    p.add_argument("--dtypes", default="bf16,fp16,fp32", help="(%(default)s)")
+    p.add_argument("--head-dims", default="64,80,96,128,256", help="(%(default)s)")
+    p.add_argument("--blocks", type=int, default=64, help="listed in a call (%(default)s)")
+    away = "keys of the parts that pass through memory (%(default)s)"
+    p.add_argument("--keys", type=int, default=32 << 10, help=away)
+    parts = "pack beside a copy, score, sort (at head_dim 64 and 128)"
+    p.add_argument("--parts", action=argparse.BooleanOptionalAction, default=True, help=parts)
+    p.add_argument("--samples", type=int, default=9, help="rounds (%(default)s)")
+    p.add_argument("--sample-ms", type=float, default=20.0, help="about (%(default)s)")
+    p.add_argument("--probe-ms", type=float, default=10.0, help="of a peak probe (%(default)s)")
+    p.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: CPU time")
+    p.add_argument("--json", type=Path, metavar="OUT", help="'results' = benchmarks/results/<cpu>/")
+    p.add_argument("--quick", action="store_true", help="does it run? seconds; three rounds")
+    args = p.parse_args(arguments)
+    if args.quick:
+        vars(args).update(QUICK_BLOCK)
+    unknown = set(args.dtypes.split(",")) - set(DTYPES)
+    if unknown:
+        raise SystemExit(f"--dtypes: unknown {', '.join(sorted(unknown))}; of {', '.join(DTYPES)}")
+    dims = [int(d) if d.isdigit() else 0 for d in args.head_dims.split(",")]
+    if any(d % 8 or not 8 <= d <= 256 for d in dims):
+        raise SystemExit(f"--head-dims {args.head_dims}: multiples of 8 from 8 to 256 are allowed")
+    if args.samples < 1 or args.blocks < 1 or args.keys < 256 or args.keys % 256:
+        raise SystemExit("--samples, --blocks: at least 1; --keys: a multiple of 256")
+    args.head_dims, args.threads, args.probe_share = dims, 1, 0.5
     return args

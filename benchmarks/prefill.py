@@ -7,17 +7,31 @@ The headline benchmark; benchmarks/README.md says how to read its table.
 import sys
 
 import pbs_attn
-from benchmarks import attend, baselines, flex, harness, permute, score, select
+from benchmarks import attend, baselines, flex, harness, permute, score, select, steps
 from benchmarks.harness import Row
 
 
 def rows(work) -> list[Row]:
+    if work.device.kind == "cpu":
+        return on_cpu(work)
     return [
         call(work, memory(work)),
         *(row for verb in (score, permute, select, attend) for row in verb.rows(work)),
         *attend.forced(work),
         *baselines.rows(work),
         *flex.rows(work),
+    ]
+
+
+def on_cpu(work) -> list[Row]:
+    taken, held = steps.open_steps(work), memory(work)
+    calls = min(work.args.samples, 3)
+    return [
+        call(work, lambda: held | steps.of_method(taken, calls)),
+        *steps.forced(work, taken),
+        *(row for verb in (score, permute, select, attend) for row in verb.rows(work)),
+        *steps.fewer_threads(work),
+        *baselines.rows(work),
     ]
 
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """python -m benchmarks.report [--write]: the tables of README.md, docs/cpu-kernel.md, docs/cuda.md.
 
-Made from benchmarks/results/*/prefill-*.json, so that no number stands there without its machine,
-command and commit; a --quick file counts only where there is no full one. --write replaces what
-lies between the marks `<!-- numbers -->` and `<!-- end of numbers -->`. A page about which there is
-no file is left as it is.
+Made from benchmarks/results/*/{prefill,block}*.json, so that no number stands there without its
+machine, command and commit; a --quick file counts only where there is no full one. --write replaces
+what lies between the marks `<!-- numbers -->` and `<!-- end of numbers -->`. A page about which
+there is no file is left as it is.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ import json
 import sys
 from pathlib import Path
 
+from benchmarks import targets
 from benchmarks.machine import ROOT
 
 BEGIN, END = "<!-- numbers -->", "<!-- end of numbers -->"
 NOISY = " (noisy)"
 
 
-def reports(root: Path = ROOT) -> list[dict]:
-    files = sorted((root / "benchmarks" / "results").glob("*/prefill-*.json"))
+def reports(root: Path = ROOT, pattern: str = "prefill-*.json") -> list[dict]:
+    files = sorted((root / "benchmarks" / "results").glob(f"*/{pattern}"))
     full = {file for file in files if not file.stem.endswith("-quick")}
     files = [
         f for f in files if f in full or f.with_stem(f.stem.removesuffix("-quick")) not in full
@@ -49,10 +50,13 @@ def machine_of(report: dict) -> str:
 def origin(report: dict) -> str:
     b, o = report["banner"], report["options"]
     state = " with uncommitted changes" if b["uncommitted"] else ""
-    heads = "heads of a captured model" if o["capture"] != "None" else ""
-    heads = heads or f"{o['heads']} query and {o['heads_k']} key heads"
+    what = ""
+    if "heads" in o:
+        heads = f"{o['heads']} query and {o['heads_k']} key heads"
+        heads = "heads of a captured model" if o["capture"] != "None" else heads
+        what = f", {heads}, D = {report['shapes'][0]['head_dim']}"
     return (
-        f"{machine_of(report)}, {heads}, D = {report['shapes'][0]['head_dim']}, "
+        f"{machine_of(report)}{what}, "
         f"torch {b['torch']}, commit {b['commit']}{state}, {b['date'][:10]}: "
         f"`{b['command']}` ([all samples]({{up}}{report['file']}))"
     )
@@ -80,9 +84,9 @@ def short(report: dict) -> list[str]:
         made = [
             number(r["prefill"], "density", ".2f").removesuffix(NOISY),
             number(r["prefill"], "ms", ".1f"),
-            number(r["sdpa"], "ms", ".1f"),
+            number(r.get("sdpa"), "ms", ".1f"),
             number(r["prefill"], "vs_sdpa", ".2f"),
-            number(r["dense"], "vs_sdpa", ".2f"),
+            number(r.get("dense"), "vs_sdpa", ".2f"),
             f"{r['prefill']['peak_extra_bytes'] / 2**20:.1f} MiB",
         ]
         cells.append([shape["dtype"], str(shape["length"]), *made])
@@ -130,14 +134,91 @@ def long_gpu(report: dict) -> list[str]:
 
 
 def long(report: dict) -> list[str]:
-    """Verb by verb, and how much of the machine is used."""
-    verbs = ("score", "permute", "select", "attend")
+    """Where the time of a call goes, and how much of the machine is used."""
+    if not any("shares" in row for shape in report["shapes"] for row in shape["rows"]):
+        return verbs(report)
+    head = ["dtype", "tokens", "row", "density", "ms", *kernel_steps(report), "overhead", "of peak"]
+    head += ["attend, of peak", "cycles per block", "x torch", "rescales", "busy max/mean"]
+    cells = []
+    for shape in report["shapes"]:
+        for row in shape["rows"]:
+            if "shares" in row or row["row"] in ("dense", "sdpa"):
+                about = [shape["dtype"], str(shape["length"]), row["row"]]
+                cells.append(about + step_cells(row, kernel_steps(report)))
+    return [*markdown(head, cells), "", *judged(report)]
+
+
+def kernel_steps(report: dict) -> list[str]:
+    rows = (row for shape in report["shapes"] for row in shape["rows"])
+    return list(next(row["shares"] for row in rows if "shares" in row))
+
+
+def step_cells(row: dict, steps: list[str]) -> list[str]:
+    shares = row.get("shares", {})
+    return [
+        number(row, "density", ".2f").removesuffix(NOISY),
+        number(row, "ms", ".1f"),
+        *(f"{shares[name]:.1%}" if shares else "-" for name in steps),
+        number(row, "overhead", ".1%").removesuffix(NOISY),
+        number(row, "of_peak", ".2f").removesuffix(NOISY),
+        number(row, "attend_of_peak", ".2f").removesuffix(NOISY),
+        number(row, "cycles_per_block", ",.0f").removesuffix(NOISY),
+        number(row, "vs_sdpa", ".2f").removesuffix(NOISY),
+        number(row, "rescales_per_row_panel", ".4f").removesuffix(NOISY),
+        number(row, "busy_spread", ".3f").removesuffix(NOISY),
+    ]
+
+
+def judged(report: dict) -> list[str]:
+    """Every target that the run says something about; growth is over all of its shapes."""
+    cells = []
+    for shape in report["shapes"]:
+        about = f"{shape['dtype']}, {shape['length']}: " if "length" in shape else ""
+        cells += [_judged(about, target) for target in shape.get("targets", ())]
+    cells += [_judged("", check.record()) for check in targets.growth(report["shapes"])]
+    return markdown(["target", "reached", "must", "good", ""], cells) if cells else []
+
+
+def _judged(about: str, target: dict) -> list[str]:
+    at = "at most " if target["at_most"] else ""
+    good = "-" if target["good"] is None else f"{target['good']:g}"
+    noisy = NOISY if target["noisy"] else ""
+    bounds = [f"{target['value']:.3g}{noisy}", f"{at}{target['must']:g}", good]
+    return [about + target["what"], *bounds, target["verdict"]]
+
+
+def blocks(report: dict) -> list[str]:
+    """One block: fraction of peak and cycles by head_dim; then what is done to 128 keys."""
+    rows = [row | {"isa": shape["isa"]} for shape in report["shapes"] for row in shape["rows"]]
+    dims = sorted({row["head_dim"] for row in rows})
+    by = {(row["isa"], row["dtype"], row["head_dim"]): row for row in rows}
+    cells = []
+    for isa, dtype in dict.fromkeys((isa, dtype) for isa, dtype, _ in by):
+        made = []
+        for row in (by.get((isa, dtype, dim)) for dim in dims):
+            cycles = number(row, "cycles_per_block", ",.0f").removesuffix(NOISY)
+            made.append(f"{number(row, 'of_peak', '.3f')}, {cycles}" if row else "-")
+        cells.append([isa, dtype, *made])
+    head = ["kernels", "dtype", *(f"D = {dim}: of peak, cycles" for dim in dims)]
+    parts = [(shape["isa"], part) for shape in report["shapes"] for part in shape["parts"]]
+    made = [
+        [isa, p["row"], number(p, "us", ".3f"), number(p, "cycles", ",.0f").removesuffix(NOISY)]
+        + [number(p, "over_copy", ".2f").removesuffix(NOISY)]
+        for isa, p in parts
+    ]
+    table = markdown(["kernels", "128 keys", "us", "cycles", "over a copy"], made) if parts else []
+    return [*markdown(head, cells), "", *table, "", *judged(report)]
+
+
+def verbs(report: dict) -> list[str]:
+    """The verbs as four calls: all that files of older commits have."""
+    names = ("score", "permute", "select", "attend")
     peaks = ("attend", "attend 20%", "attend 30%", "attend 40%", "dense", "sdpa")
-    head = ["dtype", "tokens", *(f"{v}, ms" for v in verbs), *(f"{p}, of peak" for p in peaks)]
+    head = ["dtype", "tokens", *(f"{v}, ms" for v in names), *(f"{p}, of peak" for p in peaks)]
     cells = []
     for shape in report["shapes"]:
         r = rows_of(shape)
-        times = [number(r.get(verb), "ms", ".2f") for verb in verbs]
+        times = [number(r.get(verb), "ms", ".2f") for verb in names]
         shares = [number(r.get(name), "of_peak", ".2f") for name in peaks]
         cells.append([shape["dtype"], str(shape["length"]), *times, *shares])
     return markdown(head, cells)
@@ -162,7 +243,8 @@ def main() -> int:
     gpu = [report for report in found if on_gpu(report)]
     cpu = [report for report in found if not on_gpu(report)]
     pages = {"README.md": section(found, short, "")}
-    pages["docs/cpu-kernel.md"] = section(cpu, long, "../")
+    single = section(reports(pattern="block*.json"), blocks, "../")
+    pages["docs/cpu-kernel.md"] = "\n\n".join(filter(None, [single, section(cpu, long, "../")]))
     pages["docs/cuda.md"] = section(gpu, long_gpu, "../")
     for name, text in pages.items():
         if not text:

@@ -13,7 +13,7 @@ def flop(shape: Shape, block: int, blocks: float) -> float:
     return 4.0 * block * block * shape.head_dim * blocks  # two products of B x B x D
 
 
-def summarise(row, samples: list, shape: Shape, block: int) -> dict:
+def summarise(row, samples: list, shape: Shape, block: int, threads: int = 1) -> dict:
     """Medians over unflagged samples (over all, and said so, when fewer than three are)."""
     clean = [s for s in samples if not s.flagged]
     enough = len(clean) >= min(3, len(samples))
@@ -41,6 +41,9 @@ def summarise(row, samples: list, shape: Shape, block: int) -> dict:
         "flagged": len(samples) - len(clean),
         "flagged_used": not enough,
     }
+    if row.blocks and samples[0].ghz:  # core cycles, all threads together
+        cycles = statistics.median(s.ms * s.ghz for s in used) * 1e6 * threads
+        result["cycles_per_block"] = cycles / row.blocks
     if samples[0].probes:  # a GPU
         useful = flop(shape, block, row.blocks - row.diagonal / 2)
         result |= {
@@ -55,7 +58,10 @@ def summarise(row, samples: list, shape: Shape, block: int) -> dict:
     result["samples"] = [
         {name: value for name, value in asdict(s).items() if value is not None} for s in samples
     ]
-    return {**result, **row.extra}
+    result |= row.extra() if callable(row.extra) else row.extra
+    if "steps_ms" in result:
+        result["attend_of_peak"] = result["of_peak"] * ms / result["steps_ms"]["attend"]
+    return result
 
 
 def compare(results: list[dict], baseline: str, label: str = "") -> None:
@@ -74,11 +80,28 @@ def compare(results: list[dict], baseline: str, label: str = "") -> None:
             result[f"vs_{label or baseline}"] = statistics.median(ratios)
 
 
+def compare_threads(rows: list, results: list[dict]) -> None:
+    """`vs_threads`: {"1": speed-up over that row's number of threads, "1 of probe": that over the
+    probe's own}, by the names "attend" and "attend, 1 thread". A share of the probe is taken of a
+    probe on as many threads, so the shares' ratio is the speed-up over the probe's."""
+    by_name = {r["row"]: r for r in results}
+    for row in rows:
+        whole = by_name.get(row.name.partition(",")[0])
+        if not row.threads or not whole or whole["row"] == row.name:
+            continue
+        found = whole.setdefault("vs_threads", {})
+        found[str(row.threads)] = by_name[row.name]["ms"] / whole["ms"]
+        found[f"{row.threads} of probe"] = whole["of_peak"] / by_name[row.name]["of_peak"]
+
+
 def best_dense(rows: list, results: list[dict]) -> str | None:
     """Name of the fastest dense row."""
     names = {row.name for row in rows if row.dense}
     dense = [r for r in results if r["row"] in names]
     return min(dense, key=lambda r: r["ms"])["row"] if dense else None
+
+
+NAME = 18  # width of a row's name
 
 
 def _cell(value, width: int, form: str, scale: float = 1.0) -> str:
@@ -92,26 +115,57 @@ def _flagged(r: dict) -> str:
 
 def _times(r: dict) -> str:
     times = "".join(f"{r[key]:>9.2f}" for key in ("ms", "ms_p10", "ms_p90"))
-    return f"  {r['row']:<13}{times}{_cell(r['density'], 9, '.3f')}{_cell(r['blocks'], 9, '.0f')}"
+    return (
+        f"  {r['row']:<{NAME}}{times}{_cell(r['density'], 9, '.3f')}{_cell(r['blocks'], 9, '.0f')}"
+    )
 
 
-HEAD = f"  {'row':<13}{'ms':>9}{'p10':>9}{'p90':>9}{'density':>9}{'blocks':>9}"
+HEAD = f"  {'row':<{NAME}}{'ms':>9}{'p10':>9}{'p90':>9}{'density':>9}{'blocks':>9}"
 
 
 def cpu_table(title: str, probes: dict[str, float], results: list[dict], failures: dict) -> str:
     ((unit, rate),) = probes.items()
     lines = [f"{title}, {unit} {rate:.0f} GFLOP/s"]
-    lines.append(HEAD + f"{'GFLOP/s':>9}{'of peak':>9}{'x sdpa':>8}{'x dense':>8}  flagged")
+    head = f"{'GFLOP/s':>9}{'of peak':>9}{'cycles/block':>13}{'x sdpa':>8}{'x dense':>8}"
+    lines.append(f"{HEAD}{head}  flagged")
     for r in results:
         lines.append(
             _times(r)
             + _cell(r["gflops"], 9, ".0f")
             + _cell(r["of_peak"], 9, ".2f")
+            + _cell(r.get("cycles_per_block"), 13, ".0f")
             + _cell(r.get("vs_sdpa"), 8, ".2f")
             + _cell(r.get("vs_dense"), 8, ".2f")
             + f"  {_flagged(r)}"
         )
-    return "\n".join([*lines, *failure_lines(failures), *memory_lines(results)])
+    notes = [*steps_lines(results), *threads_lines(results), *failure_lines(failures)]
+    return "\n".join([*lines, *notes, *memory_lines(results)])
+
+
+def steps_lines(results: list[dict]) -> list[str]:
+    """Of calls whose verbs were timed one by one: where the time goes, and what attend counted."""
+    lines = []
+    for r in (r for r in results if "shares" in r):
+        shares = r["shares"]
+        if not lines:
+            head = "".join(f"{name:>9}" for name in shares)
+            head += f"{'overhead':>10}{'attend of peak':>16}{'rescales/row-panel':>20}"
+            lines.append(f"  {'share of the call':<{NAME}}{head}{'busy max/mean':>15}")
+        cells = "".join(f"{value:>9.1%}" for value in shares.values())
+        cells += f"{r['overhead']:>10.1%}{_cell(r['attend_of_peak'], 16, '.2f')}"
+        cells += f"{r['rescales_per_row_panel']:>20.5f}{r['busy_spread']:>15.3f}"
+        lines.append(f"  {r['row']:<{NAME}}{cells}")
+    return lines
+
+
+def threads_lines(results: list[dict]) -> list[str]:
+    return [
+        f"  {r['row']}: {r['vs_threads'][n]:.2f} times as fast as on {n} thread"
+        f"{'s' * (n != '1')}, {r['vs_threads'][f'{n} of probe']:.3f} of what the probe gains"
+        for r in results
+        for n in r.get("vs_threads", {})
+        if n.isdigit()
+    ]
 
 
 def gpu_table(

@@ -7,7 +7,7 @@ import dataclasses
 
 import torch
 
-from benchmarks import inputs
+from benchmarks import inputs, options
 from pbs_attn import PBSConfig, _load, ops
 from pbs_attn import geometry as geo
 from pbs_attn.selection import mask_to_bits
@@ -26,7 +26,8 @@ class Work:
         if args.capture:
             from benchmarks.capture import capture
 
-            q, k, v = capture(args.capture, shape.length, shape.dtype, device.torch_device)
+            longest = max(map(options.length, args.lengths.split(",")))
+            q, k, v = capture(args.capture, shape.length, shape.dtype, device.torch_device, longest)
             n, heads, heads_k = q.shape[2], q.shape[1], k.shape[1]
             shape = inputs.Shape(n, heads, heads_k, q.shape[3], shape.dtype)
         else:

@@ -53,7 +53,7 @@ def test_probes_flag_a_sample_between_unlike_ones():
         kind="cpu",
         unit=lambda row, isa: "fma",
         warm_up=lambda call: call(),
-        probe=lambda units: {"fma": next(rates)},
+        probe=lambda units, beside_ms: {"fma": next(rates)},
         time=lambda call: devices.Timing(1.0),
     )
     row = harness.Row("x", lambda: None)
@@ -141,16 +141,19 @@ def test_program_on_the_cpu_keeps_its_columns(tmp_path, capsys):
     )
     saved = json.loads(out.read_text())
     (shape,) = saved["shapes"]
-    names = ["prefill", "score", "permute", "select", "attend"]
-    names += ["attend 20%", "attend 30%", "attend 40%", "dense", "sdpa"]
+    names = ["prefill", "prefill 20%", "prefill 30%", "prefill 40%"]
+    names += ["score", "permute", "select", "attend", "dense", "sdpa"]
     assert [row["row"] for row in shape["rows"]] == names
-    assert set(shape["rows"][0]) == {
+    clock = {"ghz"} & set(shape["rows"][0]["samples"][0])  # where the latency is known
+    assert set(shape["rows"][0]) - {"cycles_per_block"} == {
         *("row", "ms", "ms_p10", "ms_p90", "density", "blocks", "gflops", "of_peak", "used"),
         *("flagged", "flagged_used", "samples", "peak_extra_bytes", "workspace_size"),
-        *("vs_sdpa", "vs_dense"),
+        *("vs_sdpa", "vs_dense", "steps_ms", "shares", "overhead", "items", "counted_blocks"),
+        *("rescales", "rescales_per_row_panel", "busy_spread", "attend_of_peak"),
     }
-    assert set(shape["rows"][0]["samples"][0]) == {"ms", "probe", "flagged"}
-    assert "GFLOP/s  of peak  x sdpa x dense  flagged" in capsys.readouterr().out
+    assert set(shape["rows"][0]["samples"][0]) - clock == {"ms", "probe", "flagged"}
+    assert bool(clock) == ("cycles_per_block" in shape["rows"][0])
+    assert "GFLOP/s  of peak cycles/block  x sdpa x dense  flagged" in capsys.readouterr().out
 
 
 def test_results_go_to_a_folder_per_machine():
@@ -164,6 +167,10 @@ def test_results_go_to_a_folder_per_machine():
     )
     args.quick = True
     assert harness.where(args, gpu, "prefill").name == "prefill-d32-quick.json"
+    args = arguments("--json", "results", "--capture", "models/smollm2,book.txt")
+    assert harness.where(args, gpu, "prefill").name == "prefill-smollm2.json"
+    single = options.parse_block(["--json", "results"])
+    assert harness.where(single, gpu, "block").name == "block.json"
 
 
 def test_report_takes_quick_files_only_without_full_ones(tmp_path):

@@ -148,6 +148,12 @@ def test_a_capture_can_be_kept_and_cut(tmp_path, monkeypatch):
         q, k, v = capture.capture(str(file), length, torch.bfloat16)
         for got, whole in zip((q, k, v), made, strict=True):
             assert torch.equal(got, whole[:, :, :length].bfloat16())
+    asked.clear()  # one reading of the model serves every length and dtype
+    for length, dtype in ((100, torch.bfloat16), (250, torch.float32)):
+        q, k, v = capture.capture("tiny", length, dtype, longest=300)
+        assert torch.equal(v, made[2][:, :, :length].to(dtype))
+    assert {length for _, _, length in asked} == {300}
+    assert work_of("--capture", "tiny", "--lengths", "100,200").q.shape == (1, 4, 300, 32)
     work = work_of("--capture", str(file))
     assert str(work.shape) == "bfloat16 N=300 H=4/2 D=32"
     with pytest.raises(SystemExit, match="saved already"):

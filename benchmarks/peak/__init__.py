@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The machine's own peak: register-only loops in peak.c, compiled here with the machine's compiler.
 
-`Peak(threads).run(unit)` gives GFLOP/s summed over the threads, all running at the same time.
+`Peak(threads).run(unit)` gives GFLOP/s summed over the threads, all running at the same time;
+`ghz()` the clock of the core that the caller runs on.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ UNIT_OF_ISA = {
     "avx2": "fma-avx2",
     "avx512": "fma-avx512",
     "avx512bf16": "bf16-dot",
+    "amx": "bf16-amx",
 }
 
 
@@ -50,6 +52,8 @@ class Peak:
         self._lib.peak_name.argtypes = [ctypes.c_int]
         self._lib.peak_run.restype = ctypes.c_double
         self._lib.peak_run.argtypes = [ctypes.c_int, ctypes.c_double, ctypes.c_int]
+        self._lib.peak_clock.restype = ctypes.c_double
+        self._lib.peak_clock.argtypes = []
         self._lib.peak_init()
         names = []
         while (name := self._lib.peak_name(len(names))) is not None:
@@ -59,9 +63,13 @@ class Peak:
         self.threads, self.cpu_time = threads, int(cpu_time)
         self._pool = ThreadPoolExecutor(threads)
 
-    def run(self, unit: str, ms: float = 10.0) -> float:
-        """GFLOP/s of all threads together over about `ms` milliseconds."""
+    def run(self, unit: str, ms: float = 10.0, threads: int = 0) -> float:
+        """GFLOP/s of all threads (or of so many) together over about `ms` milliseconds."""
         index = self._unit[unit]
         arguments = (self._lib.peak_run, index, ms, self.cpu_time)
-        runs = [self._pool.submit(*arguments) for _ in range(self.threads)]
+        runs = [self._pool.submit(*arguments) for _ in range(threads or self.threads)]
         return sum(run.result() for run in runs)
+
+    def ghz(self) -> float | None:
+        """About 10 us of a chain of multiplications; None where their latency is not known."""
+        return self._lib.peak_clock() or None

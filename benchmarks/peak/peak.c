@@ -11,6 +11,8 @@
  *   PEAK_BF16_DOT   vdpbf16ps zmm          64                        24
  *   PEAK_BF16_AMX   tdpbf16ps              16384                      4
  *
+ * peak_clock() gives the core's clock, so that times can be said in cycles.
+ *
  * The operands are random-looking: with zeros some cores draw less power and clock higher. The sums
  * stop growing near 2^24, which costs nothing.
  */
@@ -145,6 +147,17 @@ static double run_bf16_amx(int64_t rounds) {
     return (double)rounds * 4 * 16384;
 }
 
+/* A chain of multiplications, 3 cycles each on every x86-64 core of the last ten years. (Additions
+ * will not do: some cores fold a chain of them when they rename registers.) */
+static const double chain_cycles = 3;
+static void run_chain(int links) {
+    uint64_t x = 3;
+    for (int i = 0; i < links; i += 8)
+        __asm__ volatile("imul %0, %0\n\timul %0, %0\n\timul %0, %0\n\timul %0, %0\n\t"
+                         "imul %0, %0\n\timul %0, %0\n\timul %0, %0\n\timul %0, %0"
+                         : "+r"(x));
+}
+
 static uint64_t xgetbv0(void) {
     uint32_t lo, hi;
     __asm__ volatile("xgetbv" : "=a"(lo), "=d"(hi) : "c"(0));
@@ -184,6 +197,8 @@ static double run(int unit, int64_t rounds) {
     }
 }
 #else
+static const double chain_cycles = 0; /* not known: no clock */
+static void run_chain(int links) { (void)links; }
 int peak_has(int unit) { return unit == PEAK_C; }
 static double run(int unit, int64_t rounds) {
     (void)unit;
@@ -202,6 +217,20 @@ void peak_init(void) {
         uint32_t bits = 0x3f803f80u | (state & 0x807f007fu);
         memcpy(&operands[i], &bits, 4);
     }
+}
+
+/* GHz of the calling thread's core, 0 if not known: the median of three chains of about 3 us. */
+double peak_clock(void) {
+    enum { LINKS = 4000 };
+    double t[3];
+    for (int i = 0; i < 3; i++) {
+        const double begin = now(0);
+        run_chain(LINKS);
+        t[i] = now(0) - begin;
+    }
+    const double low = t[0] < t[1] ? t[0] : t[1], high = t[0] < t[1] ? t[1] : t[0];
+    const double middle = t[2] < low ? low : t[2] > high ? high : t[2];
+    return chain_cycles * LINKS / middle * 1e-9;
 }
 
 /* GFLOP/s of this thread over about ms milliseconds of one unit, by the wall or by its CPU time. */
