@@ -114,8 +114,8 @@ INLINE void vf_store_as(pbs_dtype dtype, void *at, int64_t n, vf x) {
 }
 
 #if VEC_PAIRS
-/* As VDPBF16PS and VCVTNE2PS2BF16 do: denormals count as 0. */
-INLINE float no_denormal(float x) { return x < FLT_MIN && x > -FLT_MIN ? 0.0f : x; }
+/* As VDPBF16PS and VCVTNE2PS2BF16 do: denormals count as 0, the sign stays. */
+INLINE float no_denormal(float x) { return fabsf(x) < FLT_MIN ? copysignf(0.0f, x) : x; }
 
 INLINE float half_of(float word, int high) {
     uint32_t bits = pbs_bits_of_float(word);

@@ -138,6 +138,7 @@ void run_tests(const test_case *tests, size_t count, int argc, char **argv);
 
 /* ---- the tests ------------------------------------------------------------------------------- */
 void test_convert(void);
+void test_vec(void);
 void test_rule(void);
 void test_score(void);
 void test_permute(void);

@@ -4,3 +4,4 @@
 #define VEC_TEST_ISA PBS_ISA_EMU_AVX512
 
 #include "vec_test.h"
+#include "vec_ops.inc"

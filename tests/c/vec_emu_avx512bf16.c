@@ -5,3 +5,4 @@
 #define VEC_TEST_ISA PBS_ISA_EMU_AVX512_BF16
 
 #include "vec_test.h"
+#include "vec_ops.inc"
