@@ -20,7 +20,7 @@ EMU_SAN := -O1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-
 EMU_RUNTIME := $(filter-out tests/emu/test_%.cc,$(wildcard tests/emu/*.cc))
 EMU_TESTS := $(wildcard tests/emu/test_*.cc) csrc/cuda/tensor_map.cu csrc/core/status.c
 EMU_VERBS := tests/emu/verbs.c tests/emu/host_reads.c $(addprefix tests/c/,\
-	harness.c brute.c test_score.c test_permute.c \
+	harness.c memory.c brute.c test_score.c test_permute.c \
 	test_select.c test_attend.c)
 EMU_LIBRARY := $(wildcard csrc/core/*.c csrc/cuda/*.c csrc/cuda/*.cu)
 
