@@ -77,33 +77,55 @@ static pbs_rows rows_at(const bench_pack *p, int values, int permuted, int32_t f
     return rows;
 }
 
-static void permute_panel(const bench_pack *p, int32_t what, int32_t first) {
-    const int permuted = what != BENCH_PACK;
-    pbs_pack_job job = {.k = rows_at(p, 0, permuted, first),
-                        .v = rows_at(p, 1, permuted, first),
-                        .count = KEYS,
-                        .keys = KEYS,
-                        .head_dim = p->head_dim,
-                        .panel = p->panels + (size_t)(first / KEYS) * p->panel_bytes};
-    if (what == BENCH_PERMUTE) {
-        float *mean = p->pool + (int64_t)(first / KEYS) * p->head_dim;
-        memset(mean, 0, (size_t)p->head_dim * sizeof *mean);
-        p->k->pool_add(&job.k, KEYS, p->head_dim, mean);
-    }
+/* K or V alone: the other one has no base. */
+static void pack_panel(const bench_pack *p, int permuted, int32_t first, int keys, int values) {
+    const pbs_rows none = {.dtype = p->dtype};
+    const pbs_pack_job job = {.k = keys ? rows_at(p, 0, permuted, first) : none,
+                              .v = values ? rows_at(p, 1, permuted, first) : none,
+                              .count = KEYS,
+                              .keys = KEYS,
+                              .head_dim = p->head_dim,
+                              .panel = p->panels + (size_t)(first / KEYS) * p->panel_bytes};
     p->k->pack(&job);
+}
+
+static void pool_panel(const bench_pack *p, int32_t first) {
+    const pbs_rows rows = rows_at(p, 0, 1, first);
+    float *mean = p->pool + (int64_t)(first / KEYS) * p->head_dim;
+    memset(mean, 0, (size_t)p->head_dim * sizeof *mean);
+    p->k->pool_add(&rows, KEYS, p->head_dim, mean);
+}
+
+/* As csrc/cpu/permute.c does it: a sweep over K, then one over V, each fetched in order first. */
+static void permute_segment(const bench_pack *p, int32_t first) {
+    const size_t bytes = (size_t)p->segment * (size_t)p->head_dim * pbs_dtype_size(p->dtype);
+    for (int values = 0; values < 2; values++) {
+        const char *rows = (const char *)rows_at(p, values, 0, first).base;
+        for (size_t at = 0; at < bytes; at += PBS_ALIGN) __builtin_prefetch(rows + at);
+        for (int32_t i = first; i < first + p->segment; i += KEYS) {
+            if (!values) pool_panel(p, i);
+            pack_panel(p, 1, i, !values, values);
+        }
+    }
+}
+
+static void run_once(const bench_pack *p, int32_t what) {
+    const int32_t step = what == BENCH_PERMUTE ? p->segment : KEYS;
+    for (int32_t first = 0; first < p->keys; first += step) {
+        const size_t at = (size_t)(first / KEYS) * p->copy_bytes;
+        if (what == BENCH_PERMUTE)
+            permute_segment(p, first);
+        else if (what == BENCH_COPY) /* from the panels: of rows there may be too few bytes */
+            memcpy(p->copied + at, p->panels + at, p->copy_bytes);
+        else
+            pack_panel(p, what == BENCH_PACK_PERMUTED, first, 1, 1);
+    }
 }
 
 void bench_pack_run(bench_pack *p, int32_t what, int32_t repeat) {
     pbs_cpu_state saved;
     p->k->enter(&saved);
-    for (int32_t i = 0; i < repeat; i++)
-        for (int32_t first = 0; first < p->keys; first += KEYS) {
-            const size_t at = (size_t)(first / KEYS) * p->copy_bytes;
-            if (what != BENCH_COPY)
-                permute_panel(p, what, first);
-            else /* from the panels: of rows there may be too few bytes */
-                memcpy(p->copied + at, p->panels + at, p->copy_bytes);
-        }
+    for (int32_t i = 0; i < repeat; i++) run_once(p, what);
     p->k->leave(&saved);
 }
 

@@ -62,24 +62,34 @@ static uint32_t descending_key(float x) {
     return bits & 0x80000000u ? bits : 0x7fffffffu - bits;
 }
 
+enum { DIGITS = 256, PASSES = 4 }; /* of a key, a byte each */
+
 /* order[0..count) = first + positions by descending score, ties by position: a radix sort, which
- * is stable, over the four bytes of the key. */
+ * is stable, over the four bytes of the key. A byte that all keys share needs no pass. */
 static void order_segment(const float *score, int32_t first, int32_t count, int32_t *order) {
     uint32_t key[PBS_MAX_SEGMENT_SIZE];
-    uint16_t at[2][PBS_MAX_SEGMENT_SIZE];
+    uint16_t at[2][PBS_MAX_SEGMENT_SIZE], *from = at[0], *to = at[1];
+    int32_t start[PASSES][DIGITS] = {{0}};
     for (int32_t i = 0; i < count; i++) {
         key[i] = descending_key(score[i]);
-        at[0][i] = (uint16_t)i;
+        from[i] = (uint16_t)i;
+        for (int pass = 0; pass < PASSES; pass++) start[pass][key[i] >> (8 * pass) & 255]++;
     }
-    for (int pass = 0; pass < 4; pass++) {
-        const uint16_t *from = at[pass % 2];
-        uint16_t *to = at[1 - pass % 2];
-        int32_t start[257] = {0};
-        for (int32_t i = 0; i < count; i++) start[(key[i] >> (8 * pass) & 255) + 1]++;
-        for (int digit = 0; digit < 256; digit++) start[digit + 1] += start[digit];
-        for (int32_t i = 0; i < count; i++) to[start[key[from[i]] >> (8 * pass) & 255]++] = from[i];
+    for (int pass = 0; pass < PASSES; pass++) {
+        if (start[pass][key[0] >> (8 * pass) & 255] == count) continue;
+        int32_t before = 0;
+        for (int digit = 0; digit < DIGITS; digit++) {
+            int32_t here = start[pass][digit];
+            start[pass][digit] = before;
+            before += here;
+        }
+        for (int32_t i = 0; i < count; i++)
+            to[start[pass][key[from[i]] >> (8 * pass) & 255]++] = from[i];
+        uint16_t *sorted = to;
+        to = from;
+        from = sorted;
     }
-    for (int32_t i = 0; i < count; i++) order[i] = first + at[0][i];
+    for (int32_t i = 0; i < count; i++) order[i] = first + from[i];
 }
 
 /* Keys [first, end) of k_perm; identity unless this is a complete segment that moves. */

@@ -78,15 +78,24 @@ INLINE void pack_k(const pbs_dtype dtype, const pbs_pack_job *job, float *panel)
 INLINE void pack_v(const pbs_dtype dtype, const pbs_rows *v, const pbs_pack_job *job,
                    float *panel) {
     const int64_t group_words = (int64_t)job->keys * GROUP;
+    const size_t bytes = dtype_bytes(dtype);
+    const int32_t whole = job->head_dim / GROUP * GROUP;
     for (int32_t key = 0; key < job->keys; key++) {
-        const size_t bytes = dtype_bytes(dtype);
-        const char *row = row_at(v, key < job->count ? key : 0, bytes);
-        int32_t width = key < job->count ? job->head_dim : 0; /* 0: loads give zeros */
         float *out = panel + (int64_t)key * GROUP;
-        for (int32_t d = 0; d < job->head_dim; d += GROUP, out += group_words) {
-            vf_store(out, vf_load_as(dtype, row + (size_t)d * bytes, width - d));
-            vf_store(out + VL, vf_load_as(dtype, row + (size_t)(d + VL) * bytes, width - d - VL));
+        if (key >= job->count) {
+            for (int32_t d = 0; d < job->head_dim; d += GROUP, out += group_words)
+                memset(out, 0, GROUP * sizeof *out);
+            continue;
         }
+        const char *row = row_at(v, key, bytes);
+        for (int32_t d = 0; d < whole; d += GROUP, out += group_words) {
+            vf_store(out, vf_load_as(dtype, row + (size_t)d * bytes, VL));
+            vf_store(out + VL, vf_load_as(dtype, row + (size_t)(d + VL) * bytes, VL));
+        }
+        if (whole == job->head_dim) continue;
+        const int32_t left = job->head_dim - whole;
+        vf_store(out, vf_load_as(dtype, row + (size_t)whole * bytes, left));
+        vf_store(out + VL, vf_load_as(dtype, row + (size_t)(whole + VL) * bytes, left - VL));
     }
 }
 
