@@ -22,7 +22,8 @@ NOISY = " (noisy)"
 
 
 def reports(root: Path = ROOT, pattern: str = "prefill-*.json") -> list[dict]:
-    files = sorted((root / "benchmarks" / "results").glob(f"*/{pattern}"))
+    found = (root / "benchmarks" / "results").glob(f"*/{pattern}")
+    files = sorted(found, key=lambda file: (file.parent, file.stem))  # d128 before d128-32k
     full = {file for file in files if not file.stem.endswith("-quick")}
     files = [
         f for f in files if f in full or f.with_stem(f.stem.removesuffix("-quick")) not in full
