@@ -32,9 +32,9 @@ class Fork {
     static bool lost() { return lost_threads; }
 };
 
-/* fp32 or zeros, contiguous. */
+/* fp32 or zeros, contiguous. What lies on a device is torch's to fill, in a child too. */
 inline void fill(Tensor &t, float value) {
-    if (!Fork::lost()) {
+    if (!Fork::lost() || t.is_cuda()) {
         torch::stable::fill_(t, static_cast<double>(value));
     } else if (value == 0.0f) {
         memset(t.mutable_data_ptr(), 0, static_cast<size_t>(t.numel()) * t.element_size());
