@@ -8,6 +8,12 @@
 
 #include "kernels.h"
 
+static inline float pbs_dot(const float *a, const float *b, int32_t n) {
+    float sum = 0.0f;
+    for (int32_t d = 0; d < n; d++) sum += a[d] * b[d];
+    return sum;
+}
+
 /* score_c.c */
 size_t pbs_score_scratch_c(int32_t head_dim, int32_t probe_rows);
 void pbs_score_stats_c(const pbs_score_job *job);

@@ -12,12 +12,6 @@ size_t pbs_score_scratch_c(int32_t head_dim, int32_t probe_rows) {
     return (size_t)head_dim * sizeof(float); /* one key in fp32 */
 }
 
-static float dot(const float *a, const float *b, int32_t n) {
-    float sum = 0.0f;
-    for (int32_t d = 0; d < n; d++) sum += a[d] * b[d];
-    return sum;
-}
-
 /* row_max, row_sum: of 2^(s - row_max) over this chunk, s in log2 units. */
 void pbs_score_stats_c(const pbs_score_job *job) {
     float *key = (float *)job->scratch;
@@ -29,7 +23,7 @@ void pbs_score_stats_c(const pbs_score_job *job) {
         pbs_load_row(&job->k, j, job->head_dim, key);
         for (int32_t r = 0; r < job->probe_rows; r++) {
             const float *query = job->probe + (int64_t)r * job->head_dim;
-            float s = dot(query, key, job->head_dim) * job->scale_log2;
+            float s = pbs_dot(query, key, job->head_dim) * job->scale_log2;
             if (s > job->row_max[r]) {
                 job->row_sum[r] *= exp2f(job->row_max[r] - s);
                 job->row_max[r] = s;
@@ -47,7 +41,7 @@ void pbs_score_columns_c(const pbs_score_job *job) {
         pbs_load_row(&job->k, j, job->head_dim, key);
         for (int32_t r = 0; r < job->probe_rows; r++) {
             const float *query = job->probe + (int64_t)r * job->head_dim;
-            float s = dot(query, key, job->head_dim) * job->scale_log2;
+            float s = pbs_dot(query, key, job->head_dim) * job->scale_log2;
             share += exp2f(s - job->row_max[r]) / job->row_sum[r];
         }
         job->score[j] = share / (float)job->probe_rows;

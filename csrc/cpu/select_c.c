@@ -9,17 +9,11 @@
 #include "convert.h"
 #include "isa_c.h"
 
-static float dot(const float *a, const float *b, int32_t n) {
-    float sum = 0.0f;
-    for (int32_t d = 0; d < n; d++) sum += a[d] * b[d];
-    return sum;
-}
-
 void pbs_gemm_nt_c(int32_t rows, int32_t cols, int32_t depth, float scale, const float *a,
                    int64_t lda, const float *b, int64_t ldb, float *c, int64_t ldc) {
     for (int32_t i = 0; i < rows; i++)
         for (int32_t j = 0; j < cols; j++)
-            c[i * ldc + j] = scale * dot(a + i * lda, b + j * ldb, depth);
+            c[i * ldc + j] = scale * pbs_dot(a + i * lda, b + j * ldb, depth);
 }
 
 void pbs_log_softmax_c(float *x, int32_t n) {
@@ -76,7 +70,7 @@ void pbs_antidiagonal_sums_c(const pbs_antidiagonal_job *job) {
         for (int32_t i = 0; i < t; i++)
             load_or_zero(&job->k, b * t + i, job->k_count, dim, keys + (int64_t)i * dim);
         for (int32_t a = 0; a < job->lanes; a++)
-            z[(int64_t)b * job->lanes + a] = dot(job->panel + (int64_t)a * depth, keys, depth);
+            z[(int64_t)b * job->lanes + a] = pbs_dot(job->panel + (int64_t)a * depth, keys, depth);
     }
     for (int32_t a = 0; a < job->lanes; a++) sum_lane(job, a, z);
 }
