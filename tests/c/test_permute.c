@@ -72,6 +72,16 @@ static void compare_pool(const problem *p, int32_t b, int32_t hp, int32_t n, con
     }
 }
 
+/* score [N]: in each segment all keys are alike but for one byte of one of them. */
+static void one_byte_apart(const problem *p, uint64_t seed, float *score) {
+    for (int32_t j = 0; j < p->seqlen_k; j++) {
+        uint32_t bits = 0x3f800000; /* 1 */
+        if (j % p->segment == 77)
+            bits += UINT32_C(1) << 8 * (((uint64_t)j / (uint64_t)p->segment + seed) % 4);
+        memcpy(&score[j], &bits, sizeof bits);
+    }
+}
+
 static void test_keys(problem *p, uint64_t seed) {
     int32_t heads = problem_heads_p(p), N = p->seqlen_k;
     rng r = {seed};
@@ -86,6 +96,8 @@ static void test_keys(problem *p, uint64_t seed) {
         if (rng_below(&r, 30) == 0) score[i] = NAN;
         if (rng_below(&r, 9) == 0) score[i] = (float)(rng_below(&r, 5) - 2) * 0x1p-149f;
     }
+    for (int32_t b = 0; b < p->batch && heads > 2; b++)
+        one_byte_apart(p, seed / 2, score + (int64_t)b * heads * N);
     for (int32_t h = 0; h < heads; h++) on[h] = h != 1;
     s.score = score;
     s.permute_heads = on;
