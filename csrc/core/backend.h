@@ -28,7 +28,8 @@ struct pbs_backend {
     pbs_status (*score)(const pbs_score_params *p, const pbs_dims *d, const void *kernels,
                         int32_t first_head);
 
-    size_t (*packed_bytes)(const pbs_dims *d, pbs_permute_mode mode, const void *kernels);
+    size_t (*packed_bytes)(const pbs_dims *d, pbs_permute_mode mode, pbs_correction correction,
+                           const void *kernels);
     size_t (*permute_bytes)(const pbs_permute_params *p, const pbs_dims *d, const void *kernels);
     pbs_status (*permute)(const pbs_permute_params *p, const pbs_dims *d, const void *kernels);
 

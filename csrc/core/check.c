@@ -76,6 +76,7 @@ pbs_status pbs_check_permute(const pbs_permute_params *params, pbs_check_mode mo
                              pbs_permute_params *p, pbs_dims *d) {
     PBS_TRY(pbs_check_struct(params, UP_TO(pbs_permute_params, exec), p, sizeof *p));
     PBS_TRY(pbs_check_enum("mode", (int)p->mode, 5));
+    PBS_TRY(pbs_check_enum("correction", (int)p->correction, 2));
     int reads_q = pbs_permutes_queries(p->mode);
     int reads_v = p->packed || p->v_pool;
     if (!reads_q && !p->q.data) { /* sizes only */
@@ -94,6 +95,23 @@ pbs_status pbs_check_permute(const pbs_permute_params *params, pbs_check_mode mo
     if (!running(mode)) return PBS_OK;
     PBS_TRY(check_permute_pointers(p, d));
     return check_given_order(p->mode, p->k_perm_in, p->permute_heads, d);
+}
+
+static pbs_status check_normalize(pbs_normalize normalize, pbs_select_method method,
+                                  pbs_permute_mode mode) {
+    PBS_TRY(pbs_check_enum("normalize", (int)normalize, 2));
+    if (normalize == PBS_NORMALIZE_HISTORY || mode == PBS_PERMUTE_NONE) return PBS_OK;
+    if (method != PBS_SELECT_ANTIDIAGONAL)
+        return pbs_fail(PBS_ERR_VALUE,
+                        "normalize: ROW (1), but method is %d; ANTIDIAGONAL (1) or mode NONE (0) "
+                        "is needed",
+                        (int)method);
+    if (pbs_permutes_queries(mode))
+        return pbs_fail(PBS_ERR_VALUE,
+                        "normalize: ROW (1), but mode is %d; a group of permuted queries has no "
+                        "diagonal, NONE, IDENTITY or KEYS is needed",
+                        (int)mode);
+    return PBS_OK;
 }
 
 static pbs_status check_method(pbs_select_method method, int32_t stride, pbs_reduce reduce,
@@ -122,6 +140,7 @@ pbs_status pbs_check_select(const pbs_select_params *params, pbs_check_mode mode
     PBS_TRY(pbs_check_scale(&p->softmax_scale, d->head_dim));
     PBS_TRY(check_mode(p->mode, p->block_size, &p->segment_size, d));
     PBS_TRY(check_method(p->method, p->stride, p->reduce, p->rule, p->block_size));
+    PBS_TRY(check_normalize(p->normalize, p->method, p->mode));
     PBS_TRY(pbs_check_tau(p->tau, p->tau_heads, d));
     PBS_TRY(pbs_check_exec(&p->exec, d));
     if (!running(mode)) return PBS_OK;
@@ -144,6 +163,12 @@ static pbs_status check_counters(const pbs_work_counters *counters, const pbs_di
 
 static pbs_status check_attend_blocks(const pbs_attend_params *p, pbs_dims *d) {
     PBS_TRY(pbs_check_enum("own", (int)p->own, 5));
+    PBS_TRY(pbs_check_enum("correction", (int)p->correction, 2));
+    if (p->correction && p->own == PBS_OWN_ALL)
+        return pbs_fail(PBS_ERR_VALUE,
+                        "correction: %d, but own is ALL (4), which leaves nothing "
+                        "out; NONE (0) is needed",
+                        (int)p->correction);
     PBS_TRY(pbs_check_blocks("block_q", p->block_q, "block_k", p->block_k, d));
     int free_blocks = p->own == PBS_OWN_MASK || p->own == PBS_OWN_ALL;
     if (!free_blocks && p->block_q != p->block_k)
@@ -198,6 +223,8 @@ pbs_status pbs_check_prefill(const pbs_prefill_params *params, pbs_check_mode mo
     PBS_TRY(check_mode(p->mode, p->block_size, &p->segment_size, d));
     PBS_TRY(pbs_check_enum("order", (int)p->order, 4));
     PBS_TRY(check_method(p->method, p->stride, p->reduce, p->rule, p->block_size));
+    PBS_TRY(check_normalize(p->normalize, p->method, p->mode));
+    PBS_TRY(pbs_check_enum("correction", (int)p->correction, 2));
     PBS_TRY(pbs_check_tau(p->tau, p->tau_heads, d));
     PBS_TRY(pbs_check_exec(&p->exec, d));
     PBS_TRY(check_counters(p->counters, d));

@@ -60,7 +60,7 @@ pbs_status pbs_kv_packed_bytes(const pbs_permute_params *params, size_t *bytes) 
     PBS_TRY(check_answer(bytes));
     PBS_TRY(pbs_check_permute(params, PBS_CHECK_SIZING, &p, &d));
     PBS_TRY(choose(&p.exec, &d, &k));
-    return answer(d.backend->packed_bytes(&d, p.mode, k), bytes);
+    return answer(d.backend->packed_bytes(&d, p.mode, p.correction, k), bytes);
 }
 
 pbs_status pbs_permute(const pbs_permute_params *params) {
@@ -71,7 +71,7 @@ pbs_status pbs_permute(const pbs_permute_params *params) {
     PBS_TRY(choose(&p.exec, &d, &k));
     PBS_TRY(
         pbs_check_workspace(p.workspace, p.workspace_bytes, d.backend->permute_bytes(&p, &d, k)));
-    size_t packed = d.backend->packed_bytes(&d, p.mode, k);
+    size_t packed = d.backend->packed_bytes(&d, p.mode, p.correction, k);
     if (p.packed && p.packed_bytes < packed)
         return pbs_fail(PBS_ERR_WORKSPACE, "packed_bytes: %zu; %zu are needed", p.packed_bytes,
                         packed);

@@ -125,6 +125,7 @@ static pbs_permute_params permute_params(const prefill_run *run, const wave *w) 
     v.k_pool = run->k_pool;
     v.packed = run->packed;
     v.packed_bytes = run->packed_bytes;
+    v.correction = p->correction;
     v.exec = p->exec;
     v.workspace = run->verbs;
     return v;
@@ -148,6 +149,7 @@ static pbs_select_params select_params(const prefill_run *run, const wave *w) {
     v.method = p->method;
     v.stride = p->stride;
     v.reduce = p->reduce;
+    v.normalize = p->normalize;
     v.rule = p->rule;
     v.tau = p->tau;
     v.bits = run->bits;
@@ -178,6 +180,7 @@ static pbs_attend_params attend_params(const prefill_run *run, const wave *w) {
     v.out = part_of(&p->out, w, first_q(run, w), run->dims.heads_q);
     if (p->lse.data) v.lse = part_of(&p->lse, w, first_q(run, w), run->dims.heads_q);
     v.counters = p->counters;
+    v.correction = p->correction;
     v.exec = p->exec;
     v.workspace = run->verbs;
     return v;
@@ -214,7 +217,7 @@ static size_t cut(prefill_run *run, const wave *w, void *workspace) {
     run->count = (int32_t *)pbs_arena_take(&arena, q_heads, d->blocks_q, sizeof(int32_t));
     run->bits =
         (uint32_t *)pbs_arena_take(&arena, q_heads * d->blocks_q, d->words, sizeof(uint32_t));
-    run->packed_bytes = run->backend->packed_bytes(d, run->p->mode, run->k);
+    run->packed_bytes = run->backend->packed_bytes(d, run->p->mode, run->p->correction, run->k);
     run->packed = pbs_arena_take(&arena, 1, 1, run->packed_bytes);
     run->verbs_bytes = verbs_bytes(run, w);
     run->verbs = pbs_arena_take(&arena, 1, 1, run->verbs_bytes);

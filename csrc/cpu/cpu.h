@@ -15,7 +15,8 @@ size_t pbs_cpu_score_bytes(const pbs_score_params *p, const pbs_dims *d, const v
 pbs_status pbs_cpu_score(const pbs_score_params *p, const pbs_dims *d, const void *kernels,
                          int32_t first_head);
 
-size_t pbs_cpu_packed_bytes(const pbs_dims *d, pbs_permute_mode mode, const void *kernels);
+size_t pbs_cpu_packed_bytes(const pbs_dims *d, pbs_permute_mode mode, pbs_correction correction,
+                            const void *kernels);
 size_t pbs_cpu_permute_bytes(const pbs_permute_params *p, const pbs_dims *d, const void *kernels);
 pbs_status pbs_cpu_permute(const pbs_permute_params *p, const pbs_dims *d, const void *kernels);
 

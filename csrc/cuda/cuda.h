@@ -18,7 +18,8 @@ size_t pbs_cuda_score_bytes(const pbs_score_params *p, const pbs_dims *d, const 
 pbs_status pbs_cuda_score(const pbs_score_params *p, const pbs_dims *d, const void *kernels,
                           int32_t first_head);
 
-size_t pbs_cuda_packed_bytes(const pbs_dims *d, pbs_permute_mode mode, const void *kernels);
+size_t pbs_cuda_packed_bytes(const pbs_dims *d, pbs_permute_mode mode, pbs_correction correction,
+                             const void *kernels);
 size_t pbs_cuda_permute_bytes(const pbs_permute_params *p, const pbs_dims *d, const void *kernels);
 pbs_status pbs_cuda_permute(const pbs_permute_params *p, const pbs_dims *d, const void *kernels);
 pbs_status pbs_cuda_fill_identity(const pbs_exec *exec, int32_t *perm, int64_t heads, int32_t len);

@@ -60,8 +60,10 @@ template <class T> static pbs_status launch_all(const permute_run &run, const pb
 
 } // namespace pbs
 
-size_t pbs_cuda_packed_bytes(const pbs_dims *d, pbs_permute_mode mode, const void *kernels) {
+size_t pbs_cuda_packed_bytes(const pbs_dims *d, pbs_permute_mode mode, pbs_correction correction,
+                             const void *kernels) {
     (void)kernels;
+    (void)correction;
     return pbs::packed_layout_of(d, pbs_permutes_keys(mode)).bytes;
 }
 

@@ -179,6 +179,18 @@ typedef enum pbs_rule {
     PBS_RULE_BUDGET = 3    /* the ceil(tau) largest */
 } pbs_rule;
 
+/* What the masses of ANTIDIAGONAL are shares of. Mode NONE always takes ROW. */
+typedef enum pbs_normalize {
+    PBS_NORMALIZE_HISTORY = 0, /* what lies before the own segments (the paper) */
+    PBS_NORMALIZE_ROW = 1      /* all that a row group sees, its own segments included */
+} pbs_normalize;
+
+/* What attend does about blocks of history that are not listed. */
+typedef enum pbs_correction {
+    PBS_CORRECTION_NONE = 0,
+    PBS_CORRECTION_MEAN = 1 /* one pseudo-token each: mean key and value, logit + ln(block_k) */
+} pbs_correction;
+
 /* Which keys a query block reads besides the listed ones; always from the original K/V with the
  * plain causal mask j <= p(i). */
 typedef enum pbs_own {
@@ -245,6 +257,7 @@ typedef struct pbs_permute_params {
     void *workspace;
     size_t workspace_bytes;
     pbs_exec exec;
+    pbs_correction correction; /* MEAN: packed holds block means as well, for such an attend */
 } pbs_permute_params;
 
 PBS_API pbs_status pbs_permute_workspace_size(const pbs_permute_params *params, size_t *bytes);
@@ -280,6 +293,7 @@ typedef struct pbs_select_params {
     void *workspace;
     size_t workspace_bytes;
     pbs_exec exec;
+    pbs_normalize normalize; /* ROW: ANTIDIAGONAL (or mode NONE) without q_perm */
 } pbs_select_params;
 
 PBS_API pbs_status pbs_select_workspace_size(const pbs_select_params *params, size_t *bytes);
@@ -306,7 +320,11 @@ PBS_API pbs_status pbs_apply_rule(pbs_rule rule, float tau, const pbs_strip *str
 
 /* ---- attend: exact attention over what was selected (Alg. 1) --------------------------------- */
 /* Online softmax over the listed blocks (unmasked, from packed) and the own span (causal, from the
- * original K/V). A row without a visible key gives 0 and lse = -inf. */
+ * original K/V). A row without a visible key gives 0 and lse = -inf.
+ * CORRECTION_MEAN adds one pseudo-token for every block of history that is whole, seen by all rows
+ * of the query block and not listed: its key and value are the means of the block's, rounded to
+ * their dtype, its logit is softmax_scale * q . k_mean + ln(block_k). History is what lies before
+ * the own span; under MASK what every row of the query block sees. lse includes them. */
 typedef struct pbs_attend_params {
     size_t struct_size;
     pbs_view q;         /* [B, Hq, Nq, D] */
@@ -330,6 +348,7 @@ typedef struct pbs_attend_params {
     size_t workspace_bytes;
     pbs_exec exec;
     pbs_work_counters *counters; /* [exec.num_threads] or NULL: attend adds to them */
+    pbs_correction correction;   /* MEAN: packed, if given, was made with it; own is not ALL */
 } pbs_attend_params;
 
 PBS_API pbs_status pbs_attend_workspace_size(const pbs_attend_params *params, size_t *bytes);
@@ -372,6 +391,8 @@ typedef struct pbs_prefill_params {
     size_t workspace_bytes;
     pbs_exec exec;
     pbs_work_counters *counters; /* [exec.num_threads] or NULL: attend adds to them */
+    pbs_normalize normalize;     /* ROW: ANTIDIAGONAL (or mode NONE), queries not permuted */
+    pbs_correction correction;
 } pbs_prefill_params;
 
 PBS_API pbs_status pbs_prefill_workspace_size(const pbs_prefill_params *params, size_t *bytes);
