@@ -30,15 +30,36 @@ PBS_HD int32_t pbs_history_blocks(const pbs_select_params *p, const pbs_dims *d,
     return pbs_own_start_of(p, d, s, m) / d->block_k;
 }
 
+/* ANTIDIAGONAL: does the softmax of a query group run over its own span too? */
+PBS_HD int pbs_shares_rows(const pbs_select_params *p) {
+    return p->mode == PBS_PERMUTE_NONE || p->normalize == PBS_NORMALIZE_ROW;
+}
+
+/* ... and may that span, always in the original order, have another order than history? Sizes go by
+ * this: pointers are not there yet. */
+PBS_HD int pbs_may_split_rows(const pbs_select_params *p) {
+    return p->normalize == PBS_NORMALIZE_ROW && pbs_permutes_keys(p->mode);
+}
+
+PBS_HD int pbs_splits_rows(const pbs_select_params *p) {
+    return pbs_may_split_rows(p) && p->k_perm;
+}
+
 /* ANTIDIAGONAL: key groups [0, n) that the query group of rows [row, row + stride) of block m sees,
- * where stride divides the block: in mode NONE those that start no later than its last existing
- * row, in all others those before the own segments. */
+ * where stride divides the block: those that start no later than its last existing row, or, if the
+ * own span does not count, those before the own segments. */
 PBS_HD int32_t pbs_visible_groups(const pbs_select_params *p, const pbs_dims *d, pbs_seq s,
                                   int32_t m, int32_t row) {
     if (row >= s.q_len) return 0;
     int32_t end = s.q_offset + pbs_min_i32(row + p->stride, s.q_len);
-    if (p->mode != PBS_PERMUTE_NONE) end = pbs_own_start_of(p, d, s, m);
+    if (!pbs_shares_rows(p)) end = pbs_own_start_of(p, d, s, m);
     return pbs_ceil_div(pbs_max_i32(end, 0), p->stride);
+}
+
+/* The first of them that is of the own span: all before it are history. */
+PBS_HD int32_t pbs_first_own_group(const pbs_select_params *p, const pbs_dims *d, pbs_seq s,
+                                   int32_t m) {
+    return pbs_own_start_of(p, d, s, m) / p->stride;
 }
 
 #endif /* PBS_CORE_SELECT_ROWS_H */

@@ -56,7 +56,8 @@ result prefill(const problem *p, options o) {
     s.geometry = p->geometry, s.softmax_scale = p->scale;
     s.block_size = p->block, s.segment_size = p->segment, s.gqa = p->gqa;
     s.mode = o.mode, s.order = o.order, s.seed = 11;
-    s.method = o.method, s.stride = 16, s.tau = o.tau;
+    s.method = o.method, s.stride = 16, s.tau = o.tau, s.correction = o.correction;
+    s.normalize = o.normalize;
     s.out = p->out, s.out.data = r.part[OUT], s.lse = p->lse, s.lse.data = r.part[LSE];
     s.count = r.part[COUNT], s.bits = r.part[BITS];
     s.k_perm = r.part[K_PERM], s.q_perm = r.part[Q_PERM];
@@ -88,6 +89,7 @@ static void *permute(const problem *p, options *o, result *r, size_t *packed_byt
     t.block_size = p->block, t.segment_size = p->segment, t.gqa = p->gqa, t.mode = o->mode;
     t.k_perm = r->part[K_PERM], t.q_perm = r->part[Q_PERM];
     t.k_pool = r->part[K_POOL], t.v_pool = r->part[V_POOL], t.exec = exec_of(p, o);
+    t.correction = o->correction;
     RUN(pbs_kv_packed_bytes(&t, &t.packed_bytes));
     RUN(pbs_permute_workspace_size(&t, &t.workspace_bytes));
     t.packed = filled_lines(t.packed_bytes, 0xff);
@@ -104,6 +106,7 @@ static void choose(const problem *p, options *o, result *r) {
     u.q_perm = r->part[Q_PERM], u.tau_heads = o->tau_heads, u.geometry = p->geometry;
     u.softmax_scale = p->scale, u.block_size = p->block, u.segment_size = p->segment;
     u.gqa = p->gqa, u.mode = o->mode, u.method = o->method, u.stride = 16, u.tau = o->tau;
+    u.normalize = o->normalize;
     u.bits = r->part[BITS], u.count = r->part[COUNT], u.mass = r->part[MASS];
     u.exec = exec_of(p, o);
     RUN(pbs_select_workspace_size(&u, &u.workspace_bytes));
@@ -119,7 +122,7 @@ static void attend(const problem *p, options *o, result *r, void *packed, size_t
     a.softmax_scale = p->scale, a.block_q = a.block_k = p->block, a.segment_size = p->segment;
     a.gqa = p->gqa, a.own = o->mode == PBS_PERMUTE_NONE ? PBS_OWN_BLOCK : PBS_OWN_SEGMENT;
     a.out = p->out, a.out.data = r->part[OUT], a.lse = p->lse, a.lse.data = r->part[LSE];
-    a.exec = exec_of(p, o);
+    a.exec = exec_of(p, o), a.correction = o->correction;
     RUN(pbs_attend_workspace_size(&a, &a.workspace_bytes));
     a.workspace = filled_workspace(a.workspace_bytes);
     RUN(pbs_attend(&a));

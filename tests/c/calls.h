@@ -11,6 +11,8 @@ typedef struct options {
     pbs_permute_mode mode;
     pbs_order order;
     pbs_select_method method;
+    pbs_correction correction;
+    pbs_normalize normalize;
     size_t cap;
     pbs_parallel_for_fn parallel_for;
     int threads;

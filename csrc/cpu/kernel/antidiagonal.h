@@ -72,7 +72,8 @@ static void kernel_antidiagonal_pack(const pbs_antidiagonal_job *job) {
 /* A row of head_dim as fp32; NULL: zeros. */
 INLINE void copy_key(const pbs_dtype dtype, const char *row, int32_t dim, float *to) {
     int32_t d = 0;
-    for (; d + VL <= dim && row; d += VL)
+    const int32_t whole = row ? dim / VL * VL : 0;
+    UNROLL_4 for (; d < whole; d += VL)
         vf_store(to + d, vf_load_as(dtype, row + (size_t)d * dtype_bytes(dtype), VL));
     for (; d < dim; d += VL)
         vf_store_as(PBS_DTYPE_FP32, to + d, dim - d,
