@@ -7,6 +7,7 @@
 
 #include "../core/bits.h"
 #include "cpu.h"
+#include "means.h"
 #include "packed.h"
 #include "threads.h"
 
@@ -16,6 +17,7 @@ typedef struct attend_run {
     const pbs_cpu_kernels *k;
     const pbs_packed *packed; /* the caller's, or own */
     pbs_packed *own;          /* natural order only, in the workspace; NULL if packed is given */
+    float *k_pool, *v_pool;   /* [B, Hk, Tk, D] for the means of own; NULL: without */
     uint32_t *all;            /* [W] ones: what OWN_ALL reads before the diagonal */
     int64_t *order;           /* [B * Hq * Tq] items by descending number of blocks */
     int64_t *start;           /* [Tk + 2] counting sort */
@@ -27,7 +29,9 @@ static size_t cut(attend_run *run, void *workspace) {
     const pbs_dims *d = run->d;
     pbs_packed header;
     pbs_arena arena = pbs_arena_at(workspace);
+    int means = run->p->correction == PBS_CORRECTION_MEAN && !run->p->packed;
     size_t scratch = run->k->attend_scratch(d->head_dim, d->block_q);
+    if (means && scratch < pbs_means_scratch(d)) scratch = pbs_means_scratch(d);
     run->scratch_bytes = (scratch + PBS_ALIGN - 1) / PBS_ALIGN * PBS_ALIGN;
     run->scratch = (char *)pbs_arena_take(&arena, run->p->exec.num_threads, 1, run->scratch_bytes);
     run->order = (int64_t *)pbs_arena_take(&arena, (int64_t)d->batch * d->heads_q, d->blocks_q,
@@ -36,9 +40,15 @@ static size_t cut(attend_run *run, void *workspace) {
     run->all = (uint32_t *)pbs_arena_take(&arena, d->words, 1, sizeof(uint32_t));
     run->packed = (const pbs_packed *)run->p->packed;
     if (!run->p->packed) {
-        run->own =
-            (pbs_packed *)pbs_arena_take(&arena, 1, 1, pbs_packed_layout(d, 0, run->k, &header));
+        size_t bytes = pbs_packed_layout(d, 0, means, run->k, &header);
+        run->own = (pbs_packed *)pbs_arena_take(&arena, 1, 1, bytes);
         run->packed = run->own;
+    }
+    if (means) {
+        int64_t heads = (int64_t)d->batch * d->heads_k;
+        size_t mean = (size_t)d->head_dim * sizeof(float);
+        run->k_pool = (float *)pbs_arena_take(&arena, heads, d->blocks_k, mean);
+        run->v_pool = (float *)pbs_arena_take(&arena, heads, d->blocks_k, mean);
     }
     return pbs_arena_bytes(&arena);
 }
@@ -58,10 +68,12 @@ pbs_status pbs_cpu_check_packed(const pbs_attend_params *p, const pbs_dims *d, c
     if (header->call != pbs_packed_call(d, k))
         return pbs_fail(PBS_ERR_WORKSPACE,
                         "packed: made by a call with other shapes, geometry, dtype, gqa or ISA");
+    if (p->correction && !header->has_means)
+        return pbs_fail(PBS_ERR_WORKSPACE, "packed: made without correction");
     pbs_packed layout;
     pbs_dims packed_dims = *d;
     packed_dims.segment_size = header->segment_size;
-    size_t bytes = pbs_packed_layout(&packed_dims, header->segment_panels > 0, k, &layout);
+    size_t bytes = pbs_packed_layout(&packed_dims, header->permutes, header->has_means, k, &layout);
     if (p->packed_bytes < bytes)
         return pbs_fail(PBS_ERR_WORKSPACE, "packed_bytes: %zu; %zu are needed", p->packed_bytes,
                         bytes);
@@ -74,6 +86,9 @@ pbs_status pbs_cpu_check_packed(const pbs_attend_params *p, const pbs_dims *d, c
         return pbs_fail(PBS_ERR_VALUE,
                         "own: %d, but packed holds the history in permuted order only",
                         (int)p->own);
+    if (p->correction && p->own == PBS_OWN_MASK)
+        return pbs_fail(PBS_ERR_VALUE,
+                        "own: MASK (2), but packed holds the means of permuted blocks");
     int segments = p->own == PBS_OWN_SEGMENT || p->own == PBS_OWN_NONE;
     if (segments && header->segment_size != d->segment_size)
         return pbs_fail(PBS_ERR_VALUE, "segment_size: %d; packed was made with %d", d->segment_size,
@@ -131,6 +146,19 @@ static char *output_at(const pbs_view *v, int32_t b, int32_t h, int64_t start) {
     return (char *)(uintptr_t)pbs_head_rows(v, b, h, start).base;
 }
 
+/* In the order of the head's history; NULL without correction. */
+static const char *mean_panels(const attend_run *run, int32_t b, int32_t hk, int32_t hp) {
+    if (!run->p->correction) return NULL;
+    int64_t head = (int64_t)b * run->packed->mean_heads;
+    return pbs_mean_panels(run->packed, head + (run->packed->permutes ? hp : hk));
+}
+
+static float log2_of(int32_t power) {
+    float log = 0.0f;
+    for (; power > 1; power /= 2) log += 1.0f;
+    return log;
+}
+
 /* Query block m of head hq of sequence b. */
 static void attend_rows(const attend_run *run, int32_t b, int32_t hq, int32_t m, int32_t slot,
                         uint64_t *rescales) {
@@ -154,6 +182,8 @@ static void attend_rows(const attend_run *run, int32_t b, int32_t hq, int32_t m,
         .bits = bits_of(run, b, hq, m),
         .hist_end = sp.hist_end,
         .hist_panels = permuted ? pbs_permuted_panels(run->packed, d, b, hp) : natural,
+        .mean_panels = mean_panels(run, b, hk, hp),
+        .mean_bias = log2_of(d->block_k),
         .own_bits = p->own == PBS_OWN_MASK ? bits_of(run, b, hq, m) : NULL,
         .own_begin = sp.own_begin,
         .own_end = sp.own_end,
@@ -230,37 +260,63 @@ static int64_t sort_items(const attend_run *run) {
     return items;
 }
 
-/* Item [b, hk, panel]: K and V in original order, when no packed buffer was given. */
+/* Item [b, hk, key block]: its panels and means in original order, when no packed buffer was given.
+ */
 static void pack_item(void *context, int64_t item, int32_t slot) {
     const attend_run *run = (const attend_run *)context;
     const pbs_dims *d = run->d;
-    int64_t head = item / run->packed->panels, panel = item % run->packed->panels;
+    int64_t head = item / d->blocks_k;
     int32_t b = (int32_t)(head / d->heads_k), hk = (int32_t)(head % d->heads_k);
-    int32_t keys = run->packed->panel_keys, first = (int32_t)panel * keys;
+    int32_t keys = run->packed->panel_keys, first = (int32_t)(item % d->blocks_k) * d->block_k;
     pbs_seq s = pbs_dims_seq(d, b);
+    int32_t count = pbs_min_i32(d->block_k, s.kv_len - first);
     (void)slot;
-    if (first >= s.kv_len) return;
-    pbs_pack_job job = {
-        .k = pbs_head_rows(&run->p->k.view, b, hk, s.kv_start + first),
-        .v = pbs_head_rows(&run->p->v.view, b, hk, s.kv_start + first),
-        .count = pbs_min_i32(keys, s.kv_len - first),
-        .keys = keys,
-        .head_dim = d->head_dim,
-        .panel = pbs_natural_panels(run->packed, d, b, hk) + panel * run->packed->panel_bytes,
+    if (count <= 0) return;
+    pbs_rows k = pbs_head_rows(&run->p->k.view, b, hk, s.kv_start + first);
+    pbs_rows v = pbs_head_rows(&run->p->v.view, b, hk, s.kv_start + first);
+    char *panel =
+        pbs_natural_panels(run->packed, d, b, hk) + first / keys * run->packed->panel_bytes;
+    for (int32_t at = 0; at < count; at += keys, panel += run->packed->panel_bytes) {
+        pbs_pack_job job = {
+            .k = pbs_rows_from(k, at),
+            .v = pbs_rows_from(v, at),
+            .count = pbs_min_i32(keys, count - at),
+            .keys = keys,
+            .head_dim = d->head_dim,
+            .panel = panel,
+        };
+        run->k->pack(&job);
+    }
+    if (!run->k_pool || count < d->block_k) return;
+    pbs_mean_of_rows(run->k, &k, count, d->head_dim, run->k_pool + item * d->head_dim);
+    pbs_mean_of_rows(run->k, &v, count, d->head_dim, run->v_pool + item * d->head_dim);
+}
+
+static void pack_own(attend_run *run) {
+    const pbs_dims *d = run->d;
+    pbs_packed_layout(d, 0, run->k_pool != NULL, run->k, run->own);
+    memset(pbs_packed_heads(run->own), 0, (size_t)d->heads_p * sizeof(int32_t));
+    int64_t blocks = (int64_t)d->batch * d->heads_k * d->blocks_k;
+    pbs_run(&run->p->exec, run->k, blocks, pack_item, run);
+    if (!run->k_pool) return;
+    pbs_means_run means = {
+        .d = d,
+        .k = run->k,
+        .packed = run->own,
+        .k_pool = run->k_pool,
+        .v_pool = run->v_pool,
+        .pool_heads = d->heads_k,
+        .scratch = run->scratch,
+        .scratch_bytes = run->scratch_bytes,
     };
-    run->k->pack(&job);
+    pbs_pack_means(&run->p->exec, &means);
 }
 
 pbs_status pbs_cpu_attend(const pbs_attend_params *p, const pbs_dims *d, const void *k) {
     attend_run run = {.p = p, .d = d, .k = k};
     cut(&run, p->workspace);
     for (int32_t w = 0; w < d->words; w++) run.all[w] = UINT32_MAX;
-    if (run.own) {
-        pbs_packed_layout(d, 0, k, run.own);
-        memset(pbs_packed_heads(run.own), 0, (size_t)d->heads_p * sizeof(int32_t));
-        int64_t panels = (int64_t)d->batch * d->heads_k * run.own->panels;
-        pbs_run(&p->exec, k, panels, pack_item, &run);
-    }
+    if (run.own) pack_own(&run);
     pbs_run(&p->exec, k, sort_items(&run), attend_item, &run);
     return PBS_OK;
 }

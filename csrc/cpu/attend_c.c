@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * attend, Alg. 1: online softmax of one query block over the listed key blocks (whole, unmasked)
- * and its own span (causal). Two loops over key blocks share one step.
+ * attend, Alg. 1: online softmax of one query block over the listed key blocks (whole, unmasked),
+ * the means of those that are not listed, and its own span (causal). Three loops share one step.
  */
 #include "convert.h"
 #include "isa_c.h"
@@ -42,14 +42,14 @@ static state start(const pbs_attend_job *job) {
     return st;
 }
 
-/* Row i of the block meets one key. */
+/* Row i of the block meets one key; bias: on top of its logit. */
 static void step(const pbs_attend_job *job, const state *st, int32_t i, const float *k,
-                 const float *v) {
+                 const float *v, float bias) {
     const float *q = st->q + (int64_t)i * job->head_dim;
     float *acc = st->acc + (int64_t)i * job->head_dim;
     float s = 0.0f;
     for (int32_t d = 0; d < job->head_dim; d++) s += q[d] * k[d];
-    s *= job->scale_log2;
+    s = s * job->scale_log2 + bias;
     if (s > st->row_max[i]) {
         float shrink = exp2f(st->row_max[i] - s);
         if (job->rescales && st->row_max[i] > -INFINITY) ++*job->rescales;
@@ -64,7 +64,7 @@ static void step(const pbs_attend_job *job, const state *st, int32_t i, const fl
 
 /* Keys [begin, end) of one panel set; causal: row i sees keys up to its own position. */
 static void attend_keys(const pbs_attend_job *job, const state *st, const char *panels,
-                        int32_t begin, int32_t end, int causal) {
+                        int32_t begin, int32_t end, int causal, float bias) {
     int32_t keys = job->block_k < PBS_MAX_PANEL_KEYS ? job->block_k : PBS_MAX_PANEL_KEYS;
     size_t panel_bytes = pbs_panel_bytes_c(job->head_dim, keys);
     for (int32_t i = 0; i < job->rows; i++) {
@@ -74,7 +74,7 @@ static void attend_keys(const pbs_attend_job *job, const state *st, const char *
             const float *k = (const float *)(panels + (size_t)(j / keys) * panel_bytes);
             const float *v = k + (int64_t)keys * job->head_dim;
             int64_t at = (int64_t)(j % keys) * job->head_dim;
-            step(job, st, i, k + at, v + at);
+            step(job, st, i, k + at, v + at, bias);
         }
     }
 }
@@ -102,11 +102,15 @@ void pbs_attend_block_c(const pbs_attend_job *job) {
     state st = start(job);
     for (int32_t n = 0; n < job->hist_end; n++)
         if (is_set(job->bits, n))
-            attend_keys(job, &st, job->hist_panels, n * job->block_k, (n + 1) * job->block_k, 0);
+            attend_keys(job, &st, job->hist_panels, n * job->block_k, (n + 1) * job->block_k, 0,
+                        0.0f);
+    for (int32_t n = 0; job->mean_panels && n < job->hist_end; n++)
+        if (!is_set(job->bits, n))
+            attend_keys(job, &st, job->mean_panels, n, n + 1, 0, job->mean_bias);
     for (int32_t begin = job->own_begin; begin < job->own_end; begin += job->block_k) {
         int32_t end = begin + job->block_k < job->own_end ? begin + job->block_k : job->own_end;
         if (!job->own_bits || is_set(job->own_bits, begin / job->block_k))
-            attend_keys(job, &st, job->own_panels, begin, end, 1);
+            attend_keys(job, &st, job->own_panels, begin, end, 1, 0.0f);
     }
     finish(job, &st);
 }

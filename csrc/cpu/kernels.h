@@ -83,9 +83,11 @@ typedef struct pbs_antidiagonal_shares {
 
 /* One query block of one head.
  *   history: key blocks n < hist_end whose bit is set, whole, no mask, from hist_panels;
+ *   means: one key for each key block n < hist_end whose bit is not set, key n of mean_panels, with
+ *   mean_bias added to its logit; mean_panels NULL: none;
  *   own span: keys [own_begin, own_end), causal, from own_panels (original order); own_bits, if not
  *   NULL, says which of its key blocks count.
- * Both panel pointers are of key 0; own_begin is a multiple of block_k. Row i of the block stands
+ * Panel pointers are of key 0; own_begin is a multiple of block_k. Row i of the block stands
  * at position q_offset + (q.index ? q.index[i] : row_begin + i) and sees keys <= that. */
 typedef struct pbs_attend_job {
     pbs_rows q;        /* base at the sequence's first row; index at this block's first entry */
@@ -98,6 +100,8 @@ typedef struct pbs_attend_job {
     const uint32_t *bits;
     int32_t hist_end;
     const char *hist_panels;
+    const char *mean_panels;
+    float mean_bias; /* log2 of the keys that a mean stands for: a whole number */
     const uint32_t *own_bits;
     int32_t own_begin;
     int32_t own_end;

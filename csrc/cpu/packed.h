@@ -4,9 +4,12 @@
  *
  *   header | permuted_heads[heads_p] | natural panels [batch, heads_k, panels]
  *                                    | permuted panels [batch, heads_p, segment_panels]
+ *                                    | mean panels [batch, mean_heads, mean_panels]
  *
  * Natural (original-order) panels serve the own span, and the history of heads that are not
- * permuted; permuted panels exist only for complete segments and modes that permute keys.
+ * permuted; permuted panels exist only for complete segments and modes that permute keys. Mean
+ * panels, with PBS_CORRECTION_MEAN only, have a key for each whole key block, in the order that its
+ * head reads history in.
  */
 #ifndef PBS_CPU_PACKED_H
 #define PBS_CPU_PACKED_H
@@ -28,9 +31,13 @@ typedef struct pbs_packed {
     int32_t any_permuted; /* some head has permuted panels */
     int32_t own_only;     /* natural panels before the first own block were left out */
     int32_t panel_keys;
+    int32_t permutes;   /* laid out for a mode that permutes keys */
+    int32_t has_means;  /* made with PBS_CORRECTION_MEAN */
+    int32_t mean_heads; /* heads that have an order of their own; 0 without means */
+    int32_t reserved;
     int64_t panel_bytes;
-    int64_t panels, segment_panels; /* per head */
-    int64_t natural, permuted;      /* offsets from the header */
+    int64_t panels, segment_panels, mean_panels; /* per head */
+    int64_t natural, permuted, means;            /* offsets from the header */
 } pbs_packed;
 
 static inline int32_t pbs_panel_keys(int32_t block_k) {
@@ -53,16 +60,22 @@ static inline uint64_t pbs_packed_call(const pbs_dims *d, const pbs_cpu_kernels 
 }
 
 /* Offsets of a buffer for these dims; returns its size, SIZE_MAX if that cannot be counted. */
-static inline size_t pbs_packed_layout(const pbs_dims *d, int permutes, const pbs_cpu_kernels *k,
-                                       pbs_packed *header) {
+static inline size_t pbs_packed_layout(const pbs_dims *d, int permutes, int means,
+                                       const pbs_cpu_kernels *k, pbs_packed *header) {
     memset(header, 0, sizeof *header);
     header->magic = PBS_PACKED_MAGIC;
     header->segment_size = d->segment_size;
+    header->permutes = permutes;
+    header->has_means = means;
     header->panel_keys = pbs_panel_keys(d->block_k);
     header->panel_bytes = (int64_t)k->panel_bytes(d->head_dim, header->panel_keys);
     header->panels = (int64_t)d->blocks_k * (d->block_k / header->panel_keys);
     if (permutes)
         header->segment_panels = pbs_complete_keys(d->max_k, d->segment_size) / header->panel_keys;
+    if (means) {
+        header->mean_heads = permutes ? d->heads_p : d->heads_k;
+        header->mean_panels = pbs_ceil_div(d->max_k / d->block_k, header->panel_keys);
+    }
     pbs_arena arena = pbs_arena_at(NULL);
     pbs_arena_take(&arena, 1, 1, sizeof *header + (size_t)d->heads_p * sizeof(int32_t));
     header->natural = (int64_t)arena.used;
@@ -70,6 +83,9 @@ static inline size_t pbs_packed_layout(const pbs_dims *d, int permutes, const pb
                    (size_t)header->panel_bytes);
     header->permuted = (int64_t)arena.used;
     pbs_arena_take(&arena, (int64_t)d->batch * d->heads_p, header->segment_panels,
+                   (size_t)header->panel_bytes);
+    header->means = (int64_t)arena.used;
+    pbs_arena_take(&arena, (int64_t)d->batch * header->mean_heads, header->mean_panels,
                    (size_t)header->panel_bytes);
     return arena.overflow ? SIZE_MAX : arena.used;
 }
@@ -91,6 +107,12 @@ static inline char *pbs_permuted_panels(const pbs_packed *header, const pbs_dims
     int64_t head = (int64_t)b * d->heads_p + hp;
     return (char *)(uintptr_t)header + header->permuted +
            head * header->segment_panels * header->panel_bytes;
+}
+
+/* Panel of block 0 of a head of means, [batch, mean_heads]. */
+static inline char *pbs_mean_panels(const pbs_packed *header, int64_t head) {
+    return (char *)(uintptr_t)header + header->means +
+           head * header->mean_panels * header->panel_bytes;
 }
 
 /* First row of one head of one sequence. */

@@ -1,9 +1,11 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * permute over batches, K/V heads and segments: order the keys of a segment for every head that
- * shares them, then pool and pack them in one sweep over K and one over V; query rows last.
+ * shares them, then pool and pack them in one sweep over K and one over V; then the panels of
+ * means, and query rows last.
  */
 #include "cpu.h"
+#include "means.h"
 #include "packed.h"
 #include "permute_queries.h"
 #include "threads.h"
@@ -18,24 +20,34 @@ typedef struct permute_run {
     const pbs_cpu_kernels *k;
     int32_t *k_perm; /* [B, Hp, Nk]: the caller's, or the workspace's */
     pbs_packed *packed;
-    int32_t segments; /* per head, tail included */
-    char *scratch;    /* [num_threads, scratch_bytes] for permuted queries */
+    float *k_pool, *v_pool; /* [B, Hp, Tk, D]: the caller's, or the workspace's, or NULL */
+    int32_t segments;       /* per head, tail included */
+    char *scratch;          /* [num_threads, scratch_bytes] for permuted queries and for means */
     size_t scratch_bytes;
 } permute_run;
 
 static size_t cut(permute_run *run, void *workspace) {
+    const pbs_permute_params *p = run->p;
     const pbs_dims *d = run->d;
+    int64_t heads = (int64_t)d->batch * d->heads_p;
     pbs_arena arena = pbs_arena_at(workspace);
     /* Taken even if the caller wants k_perm: sizes may be asked for before outputs exist. */
-    run->k_perm = (int32_t *)pbs_arena_take(&arena, (int64_t)d->batch * d->heads_p, d->max_k,
-                                            sizeof(int32_t));
-    if (run->p->k_perm) run->k_perm = run->p->k_perm;
+    run->k_perm = (int32_t *)pbs_arena_take(&arena, heads, d->max_k, sizeof(int32_t));
+    if (p->k_perm) run->k_perm = p->k_perm;
     run->segments = pbs_ceil_div(d->max_k, d->segment_size);
-    if (pbs_permutes_queries(run->p->mode)) {
-        run->scratch_bytes = pbs_permute_queries_scratch(d);
-        run->scratch =
-            (char *)pbs_arena_take(&arena, run->p->exec.num_threads, 1, run->scratch_bytes);
+    if (p->correction) {
+        size_t mean = (size_t)d->head_dim * sizeof(float);
+        run->k_pool = (float *)pbs_arena_take(&arena, heads, d->blocks_k, mean);
+        run->v_pool = (float *)pbs_arena_take(&arena, heads, d->blocks_k, mean);
+        run->scratch_bytes = pbs_means_scratch(d);
     }
+    if (p->k_pool || !p->packed) run->k_pool = p->k_pool;
+    if (p->v_pool || !p->packed) run->v_pool = p->v_pool;
+    if (pbs_permutes_queries(p->mode)) {
+        size_t bytes = pbs_permute_queries_scratch(d);
+        if (bytes > run->scratch_bytes) run->scratch_bytes = bytes;
+    }
+    run->scratch = (char *)pbs_arena_take(&arena, p->exec.num_threads, 1, run->scratch_bytes);
     return pbs_arena_bytes(&arena);
 }
 
@@ -44,9 +56,11 @@ size_t pbs_cpu_permute_bytes(const pbs_permute_params *p, const pbs_dims *d, con
     return cut(&run, NULL);
 }
 
-size_t pbs_cpu_packed_bytes(const pbs_dims *d, pbs_permute_mode mode, const void *k) {
+size_t pbs_cpu_packed_bytes(const pbs_dims *d, pbs_permute_mode mode, pbs_correction correction,
+                            const void *k) {
     pbs_packed header;
-    return pbs_packed_layout(d, pbs_permutes_keys(mode), k, &header);
+    return pbs_packed_layout(d, pbs_permutes_keys(mode), correction == PBS_CORRECTION_MEAN, k,
+                             &header);
 }
 
 static int head_on(const permute_run *run, int32_t hp) {
@@ -109,14 +123,6 @@ static void fill_order(const permute_run *run, int64_t head, pbs_seq s, int32_t 
         for (int32_t i = first; i < end; i++) k_perm[i - first] = i;
 }
 
-static void pool_block(const permute_run *run, const pbs_rows *rows, int32_t count, float *mean) {
-    int32_t dim = run->d->head_dim;
-    for (int32_t i = 0; i < dim; i++) mean[i] = 0.0f;
-    if (count <= 0) return;
-    run->k->pool_add(rows, count, dim, mean);
-    for (int32_t i = 0; i < dim; i++) mean[i] *= 1.0f / (float)count;
-}
-
 /* Keys [first, end) of one K/V head, whole segments but for the last: what one item works on. */
 typedef struct segment {
     const permute_run *run;
@@ -171,7 +177,7 @@ static void pool_segment(const segment *seg, const pbs_rows *rows, float *pool) 
     for (int32_t at = seg->first; at < seg->end; at += d->block_k, pool += d->head_dim) {
         int32_t last = pbs_min_i32(pbs_min_i32(at + d->block_k, seg->end), seg->s.kv_len);
         pbs_rows block = pbs_rows_from(*rows, at);
-        pool_block(seg->run, &block, last - at, pool);
+        pbs_mean_of_rows(seg->run->k, &block, last - at, d->head_dim, pool);
     }
 }
 
@@ -182,7 +188,7 @@ static void sweep(const segment *seg, int is_v) {
     const pbs_permute_params *p = run->p;
     const pbs_dims *d = run->d;
     int32_t owners = d->heads_p / d->heads_k, end = pbs_min_i32(seg->end, seg->s.kv_len);
-    float *pool = is_v ? p->v_pool : p->k_pool;
+    float *pool = is_v ? run->v_pool : run->k_pool;
     pbs_rows rows = pbs_head_rows(is_v ? &p->v.view : &p->k.view, seg->b, seg->hk, seg->s.kv_start);
     pbs_rows none = {.dtype = rows.dtype};
     if (packs_natural(seg))
@@ -218,15 +224,15 @@ static void segment_item(void *context, int64_t item, int32_t slot) {
     (void)slot;
     for (int32_t hp = seg.hk * owners; hp < (seg.hk + 1) * owners; hp++)
         fill_order(run, (int64_t)seg.b * d->heads_p + hp, seg.s, first, seg.end);
-    if (run->packed || run->p->k_pool) sweep(&seg, 0);
-    if (run->packed || run->p->v_pool) sweep(&seg, 1);
+    if (run->packed || run->k_pool) sweep(&seg, 0);
+    if (run->packed || run->v_pool) sweep(&seg, 1);
 }
 
 static void start_packed(permute_run *run) {
     const pbs_dims *d = run->d;
     int permutes = pbs_permutes_keys(run->p->mode), all = permutes;
     run->packed = (pbs_packed *)run->p->packed;
-    pbs_packed_layout(d, permutes, run->k, run->packed);
+    pbs_packed_layout(d, permutes, run->p->correction == PBS_CORRECTION_MEAN, run->k, run->packed);
     run->packed->call = pbs_packed_call(d, run->k);
     for (int32_t hp = 0; hp < d->heads_p; hp++) {
         int on = permutes && head_on(run, hp);
@@ -269,6 +275,20 @@ static void queries_item(void *context, int64_t item, int32_t slot) {
     pbs_permute_query_segment(d, run->k, &job);
 }
 
+static void pack_means(const permute_run *run) {
+    pbs_means_run means = {
+        .d = run->d,
+        .k = run->k,
+        .packed = run->packed,
+        .k_pool = run->k_pool,
+        .v_pool = run->v_pool,
+        .pool_heads = run->d->heads_p,
+        .scratch = run->scratch,
+        .scratch_bytes = run->scratch_bytes,
+    };
+    pbs_pack_means(&run->p->exec, &means);
+}
+
 static void fill_pool_len(const permute_run *run) {
     const pbs_dims *d = run->d;
     for (int32_t b = 0; b < d->batch; b++) {
@@ -286,6 +306,7 @@ pbs_status pbs_cpu_permute(const pbs_permute_params *p, const pbs_dims *d, const
     if (p->packed) start_packed(&run);
     if (p->pool_len) fill_pool_len(&run);
     pbs_run(&p->exec, k, (int64_t)d->batch * d->heads_k * run.segments, segment_item, &run);
+    if (p->packed && p->correction) pack_means(&run);
     if (pbs_permutes_queries(p->mode)) {
         int64_t row_segments = pbs_ceil_div(d->max_q, d->segment_size);
         pbs_run(&p->exec, k, (int64_t)d->batch * d->heads_q * row_segments, queries_item, &run);

@@ -5,6 +5,7 @@
 #include <math.h>
 #include <stdlib.h>
 
+#include "cpu/convert.h"
 #include "harness.h"
 
 static double dot(const problem *p, int32_t b, int32_t hq, int32_t row, int32_t hk, int32_t key) {
@@ -90,54 +91,154 @@ int32_t brute_own_start(const problem *p, int32_t b, int32_t m, int32_t block_q,
     return start;
 }
 
+static int is_listed(const problem *p, const brute_attend_args *a, int32_t b, int32_t hq, int32_t m,
+                     int32_t block) {
+    int32_t sel = a->heads_sel == p->heads_q ? hq : hq / (p->heads_q / p->heads_k);
+    int32_t blocks_q = (p->seqlen_q + a->block_q - 1) / a->block_q;
+    int32_t words = ((p->seqlen_k + a->block_k - 1) / a->block_k + 31) / 32;
+    const uint32_t *bits = a->bits + (((int64_t)b * a->heads_sel + sel) * blocks_q + m) * words;
+    return (int)(bits[block / 32] >> (block % 32) & 1);
+}
+
 /* Is the key (original index) read by the row? */
 static int reads(const problem *p, const brute_attend_args *a, int32_t b, int32_t hq, int32_t m,
                  int32_t row, int32_t key, const int32_t *permuted_place) {
     int32_t position = row + p->kv_len[b] - p->q_len[b];
     int32_t own =
         brute_own_start(p, b, m, a->block_q, a->block_k, a->q_perm ? p->segment : 0, a->own);
-    int32_t sel = a->heads_sel == p->heads_q ? hq : hq / (p->heads_q / p->heads_k);
-    int32_t blocks_q = (p->seqlen_q + a->block_q - 1) / a->block_q;
-    int32_t words = ((p->seqlen_k + a->block_k - 1) / a->block_k + 31) / 32;
-    const uint32_t *bits =
-        a->bits ? a->bits + (((int64_t)b * a->heads_sel + sel) * blocks_q + m) * words : NULL;
-    int32_t block = permuted_place[key] / a->block_k;
     if (key > position) return 0;
     if (a->own == PBS_OWN_ALL) return 1;
-    int listed = (int)(bits[block / 32] >> (block % 32) & 1);
+    int listed = is_listed(p, a, b, hq, m, permuted_place[key] / a->block_k);
     if (a->own == PBS_OWN_MASK) return listed;
     if (key >= own) return a->own != PBS_OWN_NONE;
     return listed;
+}
+
+/* First key block that is no history of query block m. */
+static int32_t history_end(const problem *p, const brute_attend_args *a, int32_t b, int32_t m) {
+    int32_t first = m * a->block_q + p->kv_len[b] - p->q_len[b], end = 0;
+    int32_t own =
+        brute_own_start(p, b, m, a->block_q, a->block_k, a->q_perm ? p->segment : 0, a->own);
+    if (a->own == PBS_OWN_MASK) own = first + 1; /* keys that the first row sees */
+    while ((end + 1) * a->block_k <= own) end++;
+    return end;
+}
+
+/* Mean of the keys or values of block n in the head's order, in fp32 as they come, rounded. */
+static void block_mean(const problem *p, const brute_attend_args *a, const pbs_view *v, int32_t b,
+                       int32_t hq, int32_t n, double *mean) {
+    int32_t hk = hq / (p->heads_q / p->heads_k);
+    int32_t hp = problem_heads_p(p) == p->heads_q ? hq : hk;
+    for (int32_t d = 0; d < p->head_dim; d++) {
+        float sum = 0.0f, back;
+        char rounded[4];
+        for (int32_t j = n * a->block_k; j < (n + 1) * a->block_k; j++) {
+            int64_t at = ((int64_t)b * problem_heads_p(p) + hp) * p->seqlen_k + j;
+            sum += (float)element(v, b, hk, p->kv_start[b] + (a->k_perm ? a->k_perm[at] : j), d);
+        }
+        sum *= 1.0f / (float)a->block_k;
+        pbs_store(rounded, v->dtype, 1, &sum);
+        pbs_load(rounded, v->dtype, 1, &back);
+        mean[d] = (double)back;
+    }
+}
+
+/* A row so far; max in natural units. */
+typedef struct softmax_sum {
+    double max, sum;
+    double *out; /* [D] */
+} softmax_sum;
+
+static void add_token(const problem *p, softmax_sum *s, double logit, const double *value) {
+    double max = fmax(s->max, logit), shrink = exp(s->max - max), e = exp(logit - max);
+    s->max = max;
+    s->sum = s->sum * shrink + e;
+    for (int32_t d = 0; d < p->head_dim; d++) s->out[d] = s->out[d] * shrink + e * value[d];
+}
+
+/* All keys of block n as one token. */
+static void add_mean(const problem *p, const brute_attend_args *a, int32_t b, int32_t hq,
+                     int32_t row, int32_t n, softmax_sum *s) {
+    double k[PBS_MAX_HEAD_DIM], v[PBS_MAX_HEAD_DIM], logit = 0.0;
+    block_mean(p, a, &p->k.view, b, hq, n, k);
+    block_mean(p, a, &p->v.view, b, hq, n, v);
+    for (int32_t d = 0; d < p->head_dim; d++)
+        logit += element(&p->q, b, hq, p->q_start[b] + row, d) * k[d];
+    add_token(p, s, logit * (double)p->scale + log((double)a->block_k), v);
 }
 
 void brute_attend_row(const problem *p, const brute_attend_args *a, int32_t b, int32_t hq,
                       int32_t row, double *out, double *lse) {
     int32_t group = p->heads_q / p->heads_k, len = p->kv_len[b], place = row;
     int32_t hp = problem_heads_p(p) == p->heads_q ? hq : hq / group;
-    double max = -INFINITY, sum = 0.0;
     int32_t *where = (int32_t *)filled((size_t)(len + 1) * sizeof *where, 0);
-    double *logit = (double *)filled((size_t)(len + 1) * sizeof *logit, 0);
+    double value[PBS_MAX_HEAD_DIM];
+    softmax_sum s = {-INFINITY, 0.0, out};
     for (int32_t j = 0; j < len; j++)
         where[a->k_perm ? a->k_perm[((int64_t)b * problem_heads_p(p) + hp) * p->seqlen_k + j] : j] =
             j;
     for (int32_t i = 0; a->q_perm && i < p->q_len[b]; i++)
         if (a->q_perm[((int64_t)b * p->heads_q + hq) * p->seqlen_q + i] == row) place = i;
     for (int32_t d = 0; d < p->head_dim; d++) out[d] = 0.0;
+    int32_t m = place / a->block_q;
     for (int32_t j = 0; j < len; j++) {
-        logit[j] = -INFINITY;
-        if (!reads(p, a, b, hq, place / a->block_q, row, j, where)) continue;
-        logit[j] = dot(p, b, hq, row, hq / group, j);
-        max = fmax(max, logit[j]);
-    }
-    for (int32_t j = 0; j < len; j++) {
-        if (logit[j] == -INFINITY) continue;
-        double e = exp(logit[j] - max);
-        sum += e;
+        if (!reads(p, a, b, hq, m, row, j, where)) continue;
         for (int32_t d = 0; d < p->head_dim; d++)
-            out[d] += e * element(&p->v.view, b, hq / group, p->kv_start[b] + j, d);
+            value[d] = element(&p->v.view, b, hq / group, p->kv_start[b] + j, d);
+        add_token(p, &s, dot(p, b, hq, row, hq / group, j), value);
     }
-    for (int32_t d = 0; d < p->head_dim && sum > 0.0; d++) out[d] /= sum;
-    *lse = sum > 0.0 ? max + log(sum) : -INFINITY;
+    for (int32_t n = 0; a->correction && n < history_end(p, a, b, m); n++)
+        if (!is_listed(p, a, b, hq, m, n)) add_mean(p, a, b, hq, row, n, &s);
+    for (int32_t d = 0; d < p->head_dim && s.sum > 0.0; d++) out[d] /= s.sum;
+    *lse = s.sum > 0.0 ? s.max + log(s.sum) : -INFINITY;
     free(where);
-    free(logit);
+}
+
+/* ---- when is a row right? -------------------------------------------------------------------- */
+typedef struct rule {
+    double row, most, lse; /* |error| / |row|; largest error of a value, of values up to 1; lse */
+} rule;
+
+static rule rule_of(pbs_dtype dtype) {
+    if (dtype == PBS_DTYPE_FP32) return (rule){1e-5, 1e-5, 1e-5};
+    if (dtype == PBS_DTYPE_FP16) return (rule){1e-3, 1e-3, 2e-5};
+    return (rule){5e-3, 2e-2, 2e-3};
+}
+
+/* The largest score that the row may see: fp32 holds it to its last place, and what that is worth
+ * in a probability no kernel can do better. */
+static double largest_score(const problem *p, int32_t b, int32_t hq, int32_t row) {
+    int32_t hk = hq / (p->heads_q / p->heads_k);
+    double largest = 0.0;
+    for (int32_t j = p->kv_start[b]; j < p->kv_start[b] + p->kv_len[b]; j++) {
+        double size = 0.0;
+        for (int32_t d = 0; d < p->head_dim; d++)
+            size += fabs(element(&p->q, b, hq, row, d) * element(&p->k.view, b, hk, j, d));
+        largest = fmax(largest, size * (double)p->scale);
+    }
+    return largest;
+}
+
+void check_attend_row(const problem *p, const brute_attend_args *a, int32_t b, int32_t hq,
+                      int32_t i, const char *what) {
+    const rule limit = rule_of(p->dtype);
+    int32_t row = p->q_start[b] + i;
+    double out[PBS_MAX_HEAD_DIM], lse, square = 0.0, error = 0.0, most = 0.0;
+    brute_attend_row(p, a, b, hq, i, out, &lse);
+    const double noise = 0x1p-22 * largest_score(p, b, hq, row);
+    for (int32_t d = 0; d < p->head_dim; d++) {
+        double off = element(&p->out, b, hq, row, d) - out[d];
+        square += out[d] * out[d];
+        error += off * off;
+        if (!(fabs(off) <= most)) most = fabs(off); /* NaN stays */
+    }
+    double got = element(&p->lse, b, hq, row, 0);
+    const char *isa = pbs_isa_name(p->isa);
+    CHECK(sqrt(error) <= (limit.row + noise) * sqrt(square) && most <= limit.most + noise,
+          "%s dtype %d D %d own %d %s [%d, %d, %d]: error %g of the row, at most %g; noise %g", isa,
+          (int)p->dtype, p->head_dim, (int)a->own, what, b, hq, i, sqrt(error / square), most,
+          noise);
+    CHECK(got == lse || fabs(got - lse) <= limit.lse + noise,
+          "%s dtype %d D %d own %d %s [%d, %d, %d]: lse %g, %g", isa, (int)p->dtype, p->head_dim,
+          (int)a->own, what, b, hq, i, got, lse);
 }

@@ -122,10 +122,15 @@ typedef struct brute_attend_args {
     const int32_t *q_perm; /* [B, Hq, Nq] or NULL */
     int32_t block_q, block_k, heads_sel;
     pbs_own own;
+    pbs_correction correction;
 } brute_attend_args;
 /* out [D] and lse of one row (original index) of one head. */
 void brute_attend_row(const problem *p, const brute_attend_args *args, int32_t b, int32_t hq,
                       int32_t row, double *out, double *lse);
+/* p->out and p->lse at that row (relative to q_start) against the brute force, by one rule for all
+ * shapes and data: relative to the length of the row. */
+void check_attend_row(const problem *p, const brute_attend_args *args, int32_t b, int32_t hq,
+                      int32_t row, const char *what);
 
 /* ---- running ----------------------------------------------------------------------------------
  */
@@ -143,7 +148,9 @@ void test_rule(void);
 void test_score(void);
 void test_permute(void);
 void test_select(void);
+void test_select_rows(void);
 void test_attend(void);
+void test_correction(void);
 void test_counters(void);
 void test_tiles(void);
 void test_pipeline(void);

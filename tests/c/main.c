@@ -7,11 +7,23 @@
 #include "harness.h"
 
 static const test_case TESTS[] = {
-    {"convert", test_convert},   {"vec", test_vec},           {"rule", test_rule},
-    {"score", test_score},       {"permute", test_permute},   {"select", test_select},
-    {"attend", test_attend},     {"counters", test_counters}, {"prefill", test_prefill},
-    {"threads", test_threads},   {"errors", test_errors},     {"tiles", test_tiles},
-    {"pipeline", test_pipeline}, {"numerics", test_numerics}, {"guards", test_guards},
+    {"convert", test_convert},
+    {"vec", test_vec},
+    {"rule", test_rule},
+    {"score", test_score},
+    {"permute", test_permute},
+    {"select", test_select},
+    {"select_rows", test_select_rows},
+    {"attend", test_attend},
+    {"correction", test_correction},
+    {"counters", test_counters},
+    {"prefill", test_prefill},
+    {"threads", test_threads},
+    {"errors", test_errors},
+    {"tiles", test_tiles},
+    {"pipeline", test_pipeline},
+    {"numerics", test_numerics},
+    {"guards", test_guards},
 };
 
 int main(int argc, char **argv) {

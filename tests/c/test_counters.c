@@ -103,6 +103,10 @@ static void test_work(pbs_isa isa) {
         run(&s, by_slot);
         CHECK(by_slot[1].items == 2 * (4 + 5) && by_slot[0].items + by_slot[2].items == 0,
               "own %d: items of another slot", own);
+        pbs_work_counters corrected[SLOTS] = {{0, 0, 0, 0}};
+        s.correction = own == PBS_OWN_ALL ? PBS_CORRECTION_NONE : PBS_CORRECTION_MEAN;
+        sum = run(&s, corrected);
+        CHECK(sum.items == 2 * (4 + 5) && sum.blocks == blocks, "own %d: means are no blocks", own);
         free(plain);
         problem_free(&p);
     }

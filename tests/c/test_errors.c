@@ -214,6 +214,22 @@ static void test_attend_arguments(void) {
     BAD_ATTEND("packed", PBS_ERR_WORKSPACE, PACKED; s.geometry.q_len = p.q_start);
     BAD_ATTEND("own", PBS_ERR_VALUE, PACKED; s.own = PBS_OWN_BLOCK);
     BAD_ATTEND("segment_size", PBS_ERR_VALUE, PACKED; s.segment_size = 64);
+    BAD_ATTEND("packed: made without correction", PBS_ERR_WORKSPACE, PACKED;
+               s.correction = PBS_CORRECTION_MEAN);
+    BAD_ATTEND("correction", PBS_ERR_VALUE, s.correction = (pbs_correction)2);
+    BAD_ATTEND("correction", PBS_ERR_VALUE, s.correction = PBS_CORRECTION_MEAN;
+               s.own = PBS_OWN_ALL);
+    int32_t on[4] = {1, 0, 1, 1}; /* some history in natural order, so MASK alone is allowed */
+    t.permute_heads = on;
+    t.correction = PBS_CORRECTION_MEAN;
+    RUN(pbs_kv_packed_bytes(&t, &t.packed_bytes));
+    RUN(pbs_permute(&t));
+    BAD_ATTEND("own: MASK", PBS_ERR_VALUE, PACKED; s.correction = PBS_CORRECTION_MEAN;
+               s.own = PBS_OWN_MASK);
+    BAD_ATTEND("packed_bytes", PBS_ERR_WORKSPACE, PACKED; s.packed_bytes -= 64);
+    t.correction = (pbs_correction)2;
+    refused("correction", PBS_ERR_VALUE, pbs_permute(&t));
+    t.correction = PBS_CORRECTION_MEAN;
     t.packed_bytes -= 1;
     refused("packed_bytes", PBS_ERR_WORKSPACE, pbs_permute(&t));
     t.q_perm = NULL;

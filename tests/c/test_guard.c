@@ -165,7 +165,8 @@ static void run_gemm(void *arg) {
     drop(c);
 }
 
-/* A query block of `rows` rows: one block of history is listed, then `count` keys of its own. */
+/* A query block of `rows` rows: one block of history is listed, one stands for its mean (all keys
+ * are alike, so any panel of keys will do), then `count` keys of its own. */
 static void run_attend(void *arg) {
     const sizes *s = (const sizes *)arg;
     int32_t keys = s->keys, panels = 2 + (s->count + keys - 1) / keys;
@@ -195,6 +196,8 @@ static void run_attend(void *arg) {
     job.bits = bits;
     job.hist_end = 2;
     job.hist_panels = job.own_panels = packed;
+    job.mean_panels = packed;
+    job.mean_bias = keys == 64 ? 6.0f : 7.0f;
     job.own_begin = 2 * keys;
     job.own_end = 2 * keys + s->count;
     job.out_stride = q.stride;
@@ -267,6 +270,8 @@ static void test_calls(const pbs_cpu_kernels *k, pbs_dtype dtype) {
         problem_make(&p, 31);
         call c = {.p = &p, .o = {.mode = (pbs_permute_mode)mode, .tau = 0.6f}};
         c.o.method = (pbs_select_method)(mode / 2 % 2);
+        c.o.normalize = mode == PBS_PERMUTE_KEYS ? PBS_NORMALIZE_ROW : PBS_NORMALIZE_HISTORY;
+        c.o.correction = mode == PBS_PERMUTE_QUERIES ? PBS_CORRECTION_NONE : PBS_CORRECTION_MEAN;
         result expected = verbs(&p, c.o);
         c.expected = &expected;
         problem_free(&p);

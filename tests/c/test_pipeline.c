@@ -15,7 +15,8 @@ static const double LIMIT = 8e-3; /* as in test_attend.c: P and the output are b
 
 typedef struct calls {
     pbs_own own;
-    uint32_t bits;   /* of the only query block */
+    uint32_t bits; /* of the only query block */
+    pbs_correction correction;
     int brute_every; /* rows between those that are compared with the brute force */
 } calls;
 
@@ -31,6 +32,7 @@ static void attend(problem *p, const calls *c, pbs_isa isa) {
     s.segment_size = p->segment;
     s.heads_sel = 1;
     s.own = c->own;
+    s.correction = c->correction;
     s.out = p->out, s.lse = p->lse;
     s.exec.isa = isa;
     RUN(pbs_attend_workspace_size(&s, &s.workspace_bytes));
@@ -45,6 +47,7 @@ static void compare_brute(const problem *p, const calls *c, pbs_isa isa) {
     brute_attend_args a = {.bits = bits, .block_q = p->block, .block_k = p->block};
     a.heads_sel = 1;
     a.own = c->own;
+    a.correction = c->correction;
     double out[PBS_MAX_HEAD_DIM], lse;
     for (int32_t row = 0; row < p->seqlen_q; row += c->brute_every) {
         brute_attend_row(p, &a, 0, 0, row, out, &lse);
@@ -129,7 +132,10 @@ static void test_patterns(void) {
             problem_make(&p, (uint64_t)turn);
             scale_keys(&p, steps[s]);
             for (uint32_t bits = 0; bits < 16; bits++) {
-                const calls c = {bits % 3 ? PBS_OWN_NONE : PBS_OWN_SEGMENT, bits, bits % 5 ? 0 : 9};
+                const calls c = {.own = bits % 3 ? PBS_OWN_NONE : PBS_OWN_SEGMENT,
+                                 .bits = bits,
+                                 .correction = (pbs_correction)((bits / 2 + (uint32_t)turn) % 2),
+                                 .brute_every = bits % 5 ? 0 : 9};
                 run_all(&p, &c);
             }
             problem_free(&p);
@@ -152,7 +158,10 @@ static void test_strips(void) {
             problem_make(&p, r + s);
             scale_keys(&p, s ? 1.3f : 1.0f);
             for (uint32_t own = 0; own < 4; own++) {
-                const calls c = {owns[own], (uint32_t)(5 + r + own), own % 2 ? 0 : 37};
+                const calls c = {.own = owns[own],
+                                 .bits = (uint32_t)(5 + r + own),
+                                 .correction = (pbs_correction)(owns[own] != PBS_OWN_ALL && r % 2),
+                                 .brute_every = own % 2 ? 0 : 37};
                 if ((own + r) % 2 == s) run_all(&p, &c);
             }
             problem_free(&p);

@@ -17,6 +17,7 @@ static void test_modes(pbs_isa isa) {
         problem_make(&p, mode);
         options o = {.mode = (pbs_permute_mode)mode, .order = (pbs_order)(mode % 4), .tau = 0.6f};
         o.method = mode == 2 || mode == 0 ? PBS_SELECT_ANTIDIAGONAL : PBS_SELECT_MEAN_POOL;
+        o.normalize = mode == PBS_PERMUTE_KEYS ? PBS_NORMALIZE_ROW : PBS_NORMALIZE_HISTORY;
         if (p.gqa == PBS_GQA_PER_HEAD) {
             o.permute_heads = on;
             o.tau_heads = tau;

@@ -18,7 +18,7 @@ static problem small_problem(pbs_isa isa) {
 }
 
 static options options_of(size_t method) {
-    options o = {.mode = PBS_PERMUTE_BOTH, .tau = 0.7f};
+    options o = {.mode = PBS_PERMUTE_BOTH, .tau = 0.7f, .correction = PBS_CORRECTION_MEAN};
     o.method = (pbs_select_method)method;
     return o;
 }

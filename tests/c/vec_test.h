@@ -14,6 +14,7 @@ enum { MOST_LANES = 16 };
 typedef struct softmax_run {
     const float *scores; /* [panels][keys], keys a multiple of 32 */
     int panels, keys;
+    float bias;    /* on top of every score */
     float row_max; /* in: where it starts */
     float row_sum[MOST_LANES], row_weight[MOST_LANES];
     float acc_o[MOST_LANES]; /* every lane: the probabilities, as the product with V sees them */
@@ -64,8 +65,8 @@ static void test_softmax(int degree, softmax_run *run) {
                                  .scale_log2 = 1.0f};
     for (int panel = 0; panel < run->panels; panel++) {
         memcpy(row, run->scores + panel * run->keys, (size_t)run->keys * sizeof *row);
-        softmax_rows(VEC_PAIRS, degree == EXP2_COARSE ? EXP2_COARSE : EXP2_FINE, &state, 0, 1, row,
-                     run->keys, run->keys);
+        softmax_rows(VEC_PAIRS, degree == EXP2_COARSE ? EXP2_COARSE : EXP2_FINE, &state, run->bias,
+                     0, 1, row, run->keys, run->keys);
         vf acc = vf_load(run->acc_o);
 #if VEC_PAIRS
         for (int i = 0; i < run->keys / 2; i++)

@@ -35,11 +35,10 @@ NOINLINE void strip_scores(const attend_state *state, const strip_job *strip, pr
 
 INLINE void strip_softmax(const exp2_degree degree, const attend_state *state,
                           const strip_job *strip) {
-    const int32_t n = round_up(strip->visible, GROUP), *seen = state->s.seen + strip->row;
-    for (int32_t r = 0; strip->masked && r < strip->rows; r++)
-        mask_row(state->s.acc_s + r * state->keys, seen[r] - strip->first_key, n);
-    softmax_rows(VEC_PAIRS, degree, &state->softmax, strip->row, strip->rows, state->s.acc_s,
-                 state->keys, n);
+    const int32_t n = round_up(strip->visible, GROUP);
+    if (strip->masked) mask_strip(state, strip, state->s.acc_s, n);
+    softmax_rows(VEC_PAIRS, degree, &state->softmax, strip->bias, strip->row, strip->rows,
+                 state->s.acc_s, state->keys, n);
 }
 
 NOINLINE void strip_output(const attend_state *state, const strip_job *strip, prefetch *next) {
@@ -64,7 +63,7 @@ INLINE void attend_panels(const exp2_degree degree, const attend_state *state) {
     /* Tiles that one panel runs through, tails not counted. */
     const int32_t tiles =
         job->rows / TILE_ROWS * (state->keys / GROUP + panel_columns(job->head_dim) / GROUP);
-    panel_ref panel = next_panel(state, (panel_ref){NULL, -1, 0});
+    panel_ref panel = next_panel(state, before_all_panels);
     while (panel.at) {
         const panel_ref after = next_panel(state, panel);
         prefetch next = {after.at, after.at ? after.at + bytes : NULL,

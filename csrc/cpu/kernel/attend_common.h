@@ -6,6 +6,7 @@
 #ifndef PBS_CPU_KERNEL_ATTEND_COMMON_H
 #define PBS_CPU_KERNEL_ATTEND_COMMON_H
 
+#include "core/bits.h"
 #include "cpu/kernel/pack.h"
 #include "cpu/kernel/softmax.h"
 #include "cpu/kernel/tile.h"
@@ -54,30 +55,49 @@ typedef struct attend_state {
 } attend_state;
 
 /* ---- which panels ---------------------------------------------------------------------------- */
+typedef enum panel_kind { HISTORY, MEANS, OWN } panel_kind; /* in the order of reading */
+
 typedef struct panel_ref {
     const char *at; /* NULL: there are no more */
-    int32_t index;  /* of the panel: its first key is index * keys */
-    int own;
+    int32_t index;  /* of the panel: its first key (of MEANS: block) is index * keys */
+    panel_kind kind;
 } panel_ref;
+
+static const panel_ref before_all_panels = {NULL, -1, HISTORY};
 
 INLINE int bit_at(const uint32_t *bits, int32_t n) { return bits[n / 32] >> (n % 32) & 1; }
 
-/* The panel after `last` in ascending order, history before own span. */
+/* Is a block of history that has its mean in panel i left out? A panel is whole words of bits. */
+static int has_dropped(const attend_state *state, int32_t i) {
+    const pbs_attend_job *job = state->job;
+    const int32_t end = pbs_min_i32((i + 1) * state->keys, job->hist_end);
+    for (int32_t w = i * state->keys / 32; w < pbs_ceil_div(end, 32); w++)
+        if (~job->bits[w] & pbs_bits_below(end, w)) return 1;
+    return 0;
+}
+
+/* The panel after `last`: of each kind in ascending order. */
 static panel_ref next_panel(const attend_state *state, panel_ref last) {
     const pbs_attend_job *job = state->job;
     const int32_t per_block = job->block_k / state->keys;
     const size_t bytes = kernel_panel_bytes(job->head_dim, state->keys);
     int32_t i = last.index + 1;
-    if (!last.own) {
+    if (last.kind == HISTORY) {
         for (; i < job->hist_end * per_block; i++)
             if (bit_at(job->bits, i / per_block))
-                return (panel_ref){job->hist_panels + (size_t)i * bytes, i, 0};
+                return (panel_ref){job->hist_panels + (size_t)i * bytes, i, HISTORY};
+        i = 0;
+    }
+    if (last.kind != OWN) {
+        for (; job->mean_panels && i < pbs_ceil_div(job->hist_end, state->keys); i++)
+            if (has_dropped(state, i))
+                return (panel_ref){job->mean_panels + (size_t)i * bytes, i, MEANS};
         i = job->own_begin / state->keys;
     }
     for (; i < pbs_ceil_div(job->own_end, state->keys); i++)
         if (!job->own_bits || bit_at(job->own_bits, i / per_block))
-            return (panel_ref){job->own_panels + (size_t)i * bytes, i, 1};
-    return (panel_ref){NULL, i, 1};
+            return (panel_ref){job->own_panels + (size_t)i * bytes, i, OWN};
+    return (panel_ref){NULL, i, OWN};
 }
 
 /* ---- one strip and one panel ----------------------------------------------------------------- */
@@ -86,6 +106,8 @@ typedef struct strip_job {
     const float *panel;
     int32_t visible; /* keys of the panel that some row sees */
     int masked;      /* some row sees fewer */
+    int means;       /* instead: all rows see those of blocks that are left out */
+    float bias;      /* on top of every score, in log2 units */
     int32_t first_key;
 } strip_job;
 
@@ -94,8 +116,15 @@ static void look_at_panel(const attend_state *state, panel_ref panel, strip_job 
     strip->panel = (const float *)(const void *)panel.at;
     strip->first_key = panel.index * state->keys;
     strip->visible = state->keys;
-    strip->masked = 0;
-    if (!panel.own) return;
+    strip->masked = strip->means = 0;
+    strip->bias = 0.0f;
+    if (panel.kind == HISTORY) return;
+    if (panel.kind == MEANS) {
+        strip->visible = pbs_min_i32(state->job->hist_end - strip->first_key, state->keys);
+        strip->masked = strip->means = 1;
+        strip->bias = state->job->mean_bias;
+        return;
+    }
     int32_t most = INT32_MIN, least = INT32_MAX;
     for (int32_t r = strip->row; r < strip->row + strip->rows; r++) {
         most = pbs_max_i32(most, state->s.seen[r]);
@@ -103,6 +132,22 @@ static void look_at_panel(const attend_state *state, panel_ref panel, strip_job 
     }
     strip->visible = pbs_max_i32(pbs_min_i32(most - strip->first_key, state->keys), 0);
     strip->masked = least - strip->first_key < round_up(strip->visible, GROUP);
+}
+
+/* Scores of what a row does not see become -inf: n of them a row, rows keys apart. */
+static void mask_strip(const attend_state *state, const strip_job *strip, float *scores,
+                       int32_t n) {
+    const pbs_attend_job *job = state->job;
+    int32_t counts[PBS_MAX_PANEL_KEYS]; /* of means: 1 = its block is left out */
+    for (int32_t i = 0; strip->means && i < n; i++) {
+        const int32_t block = strip->first_key + i;
+        counts[i] = block < job->hist_end && !bit_at(job->bits, block);
+    }
+    for (int32_t r = 0; r < strip->rows; r++, scores += state->keys) {
+        if (!strip->means) mask_row(scores, state->s.seen[strip->row + r] - strip->first_key, n);
+        for (int32_t i = 0; strip->means && i < n; i++)
+            scores[i] = counts[i] ? scores[i] : -INFINITY;
+    }
 }
 
 /* ---- rows in and out ------------------------------------------------------------------------- */

@@ -107,20 +107,13 @@ NOINLINE __attribute__((cold)) void raise_row(const pipeline *p, int32_t row, fl
     raise_row_max(&p->state->softmax, row, top);
 }
 
-NOINLINE void mask_strip(const attend_state *state, const tile_item *item) {
-    const strip_job *strip = &item->strip;
-    for (int32_t r = 0; r < strip->rows; r++)
-        mask_row(item->scores + r * state->keys, state->s.seen[strip->row + r] - strip->first_key,
-                 item->n);
-}
-
 INLINE void softmax_row(const pipeline *p, int32_t r) {
     const softmax_state *softmax = &p->state->softmax;
     const int32_t row = p->item->strip.row + r, n = p->item->n;
     float *scores = p->item->scores + r * p->state->keys;
-    const float top = max_of_row(scores, n) * softmax->scale_log2;
+    const float top = max_of_row(scores, n) * softmax->scale_log2 + p->item->strip.bias;
     if (__builtin_expect(top > softmax->row_max[row] + RAISE_ABOVE, 0)) raise_row(p, row, top);
-    exp2_row(1, EXP2_COARSE, softmax, row, scores, n);
+    exp2_row(1, EXP2_COARSE, softmax, p->item->strip.bias, row, scores, n);
 }
 
 /* Spread the item's rows evenly over as many quanta as the products of this step have. */
@@ -265,7 +258,7 @@ static void pipeline_step(pipeline *p, const tile_item *behind, const tile_item 
     }
     if (now->strip.masked) {
         put_down(p);
-        mask_strip(state, now);
+        mask_strip(state, &now->strip, now->scores, now->n);
     }
     if (ahead) quanta += score_quanta(state, ahead->n);
     if (behind) quanta += output_quanta(state, behind->n);
@@ -285,7 +278,7 @@ static void attend_panels(const attend_state *state, tile_unit *unit) {
     for (int i = 0; i < STRIPS_HELD; i++)
         item[i].scores = state->s.acc_s + i * STRIP * PBS_MAX_PANEL_KEYS;
     begin_softmax(&p, NULL, 0);
-    start_panel(&p, next_panel(state, (panel_ref){NULL, -1, 0}));
+    start_panel(&p, next_panel(state, before_all_panels));
     if (!next_item(&p, now)) return;
     item_scores(&p, now);
     for (int more = 1; more;) {

@@ -113,7 +113,7 @@ static void kernel_score_stats(const pbs_score_job *job) {
         for (int32_t row = 0; row < job->probe_rows; row += SCORE_STRIP) {
             const int32_t rows = strip_rows(job, row);
             score_strip(job, row, rows, step.keys, s.k, s.scores);
-            softmax_rows(0, EXP2_FINEST, &state, row, rows, s.scores, SCORE_KEYS,
+            softmax_rows(0, EXP2_FINEST, &state, 0.0f, row, rows, s.scores, SCORE_KEYS,
                          round_up(step.keys, GROUP));
             if (step.kept)
                 memcpy(step.kept + row * SCORE_KEYS, s.scores,

@@ -84,10 +84,11 @@ static void raise_row_max(const softmax_state *state, int64_t r, float top) {
     if (state->acc_o) scale_row(state->acc_o + r * state->columns, state->columns, down);
 }
 
-/* Scores of row r to probabilities, in place: n floats, or n bf16 at the start of the row. */
+/* Scores of row r, each with bias (a whole number of log2 units) on top, to probabilities, in
+ * place: n floats, or n bf16 at the start of the row. */
 INLINE void exp2_row(const int pairs, const exp2_degree degree, const softmax_state *state,
-                     int64_t r, float *row, int32_t n) {
-    const vf scale = vf_set1(state->scale_log2), shift = vf_set1(-state->row_max[r]);
+                     float bias, int64_t r, float *row, int32_t n) {
+    const vf scale = vf_set1(state->scale_log2), shift = vf_set1(bias - state->row_max[r]);
     vf sum = vf_load(state->row_sum + r * VL);
 #if VEC_PAIRS
     vf weight = pairs ? vf_load(state->row_weight + r * VL) : vf_zero();
@@ -117,16 +118,17 @@ INLINE void exp2_row(const int pairs, const exp2_degree degree, const softmax_st
 /* Rows [first, first + rows) of the state, stored ld apart from `row` on. The maxima of some rows
  * come before their powers: alone they overlap, and the row is still in L1 for the second look. */
 INLINE void softmax_rows(const int pairs, const exp2_degree degree, const softmax_state *state,
-                         int64_t first, int32_t rows, float *row, int64_t ld, int32_t n) {
+                         float bias, int64_t first, int32_t rows, float *row, int64_t ld,
+                         int32_t n) {
     enum { BATCH = 8 };
     for (int32_t at = 0; at < rows; at += BATCH) {
         const int32_t end = at + BATCH < rows ? at + BATCH : rows;
         for (int32_t r = at; r < end; r++) {
-            const float top = max_of_row(row + r * ld, n) * state->scale_log2;
+            const float top = max_of_row(row + r * ld, n) * state->scale_log2 + bias;
             if (top > state->row_max[first + r] + RAISE_ABOVE) raise_row_max(state, first + r, top);
         }
         for (int32_t r = at; r < end; r++)
-            exp2_row(pairs, degree, state, first + r, row + r * ld, n);
+            exp2_row(pairs, degree, state, bias, first + r, row + r * ld, n);
     }
 }
 
