@@ -63,6 +63,46 @@ def dense_attention(q, k, v, mask, scale):
     return out, lse
 
 
+def add_means(q, k, v, mask, stands_for, scale):
+    """As dense_attention, and row i also sees a mean token for every block (a list of tokens) of
+    stands_for[i]: mean key, mean value, a logit that is ln of the number of tokens higher."""
+    out, lse = torch.zeros_like(q), torch.full((q.size(0),), -math.inf, dtype=q.dtype)
+    for i in range(q.size(0)):
+        seen = [(scale * float(q[i] @ k[j]), v[j]) for j in mask[i].nonzero().flatten().tolist()]
+        for tokens in stands_for[i]:
+            logit = scale * float(q[i] @ block_mean(k, tokens)) + math.log(len(tokens))
+            seen.append((logit, block_mean(v, tokens)))
+        if not seen:
+            continue
+        top = max(logit for logit, _ in seen)
+        total = sum(math.exp(logit - top) for logit, _ in seen)
+        lse[i] = top + math.log(total)
+        for logit, value in seen:
+            out[i] += math.exp(logit - top) / total * value
+    return out, lse
+
+
+def dropped_blocks(bits, seqlen_q, seqlen_k, k_perm, q_perm, own, block_q, block_k, segment):
+    """[row] -> lists of tokens: blocks that every row of its query block sees, that its own span
+    does not hold and that bits [Tq, Tk] does not list."""
+    whole = token_mask(
+        torch.ones_like(bits), seqlen_q, seqlen_k, k_perm, q_perm, own, block_q, block_k, segment
+    )
+    offset, result = seqlen_k - seqlen_q, [[] for _ in range(seqlen_q)]
+    for m in range(bits.size(0)):
+        places = range(m * block_q, min((m + 1) * block_q, seqlen_q))
+        rows = [int(q_perm[r]) if q_perm is not None else r for r in places]
+        first = m * block_q if q_perm is None else m * block_q // segment * segment
+        start = first_own_key(first, offset, own, block_k, segment, max(offset + first + 1, 0))
+        for n in range(bits.size(1)):
+            tokens = [int(t) for t in k_perm[n * block_k : (n + 1) * block_k]]
+            before = (n + 1) * block_k <= start
+            if before and not bits[m, n] and all(whole[r, t] for r in rows for t in tokens):
+                for r in rows:
+                    result[r].append(tokens)
+    return result
+
+
 def block_mean(x, rows):
     return sum(x[r] for r in rows) / len(rows)
 
@@ -76,15 +116,19 @@ def mean_pool_row(q, k, rows, key_blocks, scale):
     return {n: math.exp(x - top) / total for n, x in logit.items()}
 
 
-def antidiagonal_row(q, k, rows, key_blocks, scale, t, reduce, offset, natural):
-    """As mean_pool_row. rows and tokens are in permuted order; offset: position of row 0."""
+def antidiagonal_row(q, k, rows, key_blocks, scale, t, reduce, offset, natural, own=None):
+    """As mean_pool_row. rows and tokens are in permuted order; offset: position of row 0.
+
+    own {n: [tokens]}: blocks of the own span, in natural order, that share the softmax."""
     per_group = []
     for a in range(0, len(rows), t):
         group = rows[a : a + t]
         cells = {}
-        for n, keys in key_blocks.items():
+        spans = [(n, keys, natural) for n, keys in key_blocks.items()]
+        spans += [(("own", n), keys, True) for n, keys in (own or {}).items()]
+        for n, keys, causal in spans:
             for b in range(0, len(keys), t):
-                if natural and keys[b] > offset + group[-1]:
+                if causal and keys[b] > offset + group[-1]:
                     continue
                 z = 0.0
                 for i in range(t):
@@ -96,7 +140,8 @@ def antidiagonal_row(q, k, rows, key_blocks, scale, t, reduce, offset, natural):
         total = sum(math.exp(z - top) for z in cells.values())
         mass = {n: 0.0 for n in key_blocks}
         for (n, _), z in cells.items():
-            mass[n] += math.exp(z - top) / total
+            if n in mass:
+                mass[n] += math.exp(z - top) / total
         per_group.append(mass)
     if reduce == "max":
         return {n: max(g[n] for g in per_group) for n in key_blocks}
