@@ -38,6 +38,10 @@ class PBSConfig:
     stride        of antidiagonal; divides block_size
     reduce        sum | max: over the query rows of a block (antidiagonal)
     rule          prefix | relative | absolute | budget: what turns scores into blocks
+    normalize     history | row: what scores are shares of, the keys before the own segments or
+                  all that a row group sees (row: antidiagonal, queries not permuted)
+    correction    none | mean: what stands for a dropped block; mean: one token with its mean key
+                  and value
     seed          of the random orders
     min_q, min_kv shorter calls take the dense route; None = measured default of the device
     strict        raise where the kernels cannot do a call, instead of the dense route
@@ -53,6 +57,8 @@ class PBSConfig:
     stride: int = 8
     reduce: str = "sum"
     rule: str = "prefix"
+    normalize: str = "history"
+    correction: str = "none"
     seed: int = 0
     min_q: int | None = None
     min_kv: int | None = None
@@ -79,12 +85,25 @@ class PBSConfig:
         _check_int("stride", self.stride, 1)
         if self.select == "antidiagonal" and self.block_size % self.stride:
             _fail("stride", self.stride, f"a divisor of block_size ({self.block_size})")
+        self._check_normalize()
         _check_int("seed", self.seed, 0, MAX_SEED)
         for name in ("min_q", "min_kv"):
             if getattr(self, name) is not None:
                 _check_int(name, getattr(self, name), 0)
         if not isinstance(self.strict, bool):
             _fail("strict", self.strict, "True or False", TypeError)
+
+    def _check_normalize(self):
+        if self.normalize == "history" or self.permute == "none":  # which sees the row anyway
+            return
+        if self.select != "antidiagonal":
+            allowed = (
+                f"history with select={self.select} (row: select=antidiagonal or permute=none)"
+            )
+            _fail("normalize", self.normalize, allowed)
+        if self.permute in selection.PERMUTES_QUERIES:
+            allowed = f"history with permute={self.permute} (row: permute=none, identity or keys)"
+            _fail("normalize", self.normalize, allowed)
 
     def replace(self, **changes):
         """A copy with some fields changed, checked again."""
@@ -137,9 +156,32 @@ class PBSConfig:
                 f"PBSConfig: {text!r} is a {method.kind} method; allowed: kernel methods (other "
                 "methods can be given wherever a PBSConfig can)"
             )
+        if "tau" not in method.parameters():
+            raise ValueError(
+                f"PBSConfig: {text!r} has a config for each length; allowed: PBSConfig.best(seqlen)"
+            )
         if method.thresholds is not None:
             raise ValueError(f"PBSConfig: {text!r} has thresholds; allowed: pass the method itself")
         return method.config
+
+    @classmethod
+    def best(cls, seqlen):
+        """The setting that the evidence supports for calls with `seqlen` keys.
+
+        seqlen  keys that the last row of a call sees, in tokens: the prompt up to the end of the
+                call, cached ones included
+        Rows and the file that each was measured in are in pbs_attn/best.py (best.ROWS); a length
+        beyond the longest measured one takes the last row. The method "best" asks for every call.
+        Raises TypeError for anything but an int, ValueError below 1.
+
+        >>> import pbs_attn
+        >>> pbs_attn.PBSConfig.best(8192).rule
+        'absolute'
+        """
+        from . import best  # which needs PBSConfig
+
+        _check_int("seqlen", seqlen, 1)
+        return best.config(seqlen)
 
     @classmethod
     def _check_names(cls, values):

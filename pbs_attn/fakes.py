@@ -49,7 +49,7 @@ def _score(
 
 def _permute(
     q, k, v, score, k_perm_in, permute_heads, q_start, q_len, kv_start, kv_len, max_seqlen_q,
-    max_seqlen_k, block_size, segment_size, gqa, permute_mode, pack, isa=0,
+    max_seqlen_k, block_size, segment_size, gqa, permute_mode, pack, isa=0, correction=0,
 ):  # fmt: skip
     vectors = (q_start, q_len, kv_start, kv_len)
     s = _Sizes(q, k, vectors, max_seqlen_q, max_seqlen_k, gqa)
@@ -62,7 +62,7 @@ def _permute(
     if pack:
         packed_bytes = _load.kv_packed_bytes(
             q.device, int(s.num), int(s.num_heads), int(s.num_heads_k), int(s.max_q), int(s.max_k),
-            int(s.head_dim), q.dtype, block_size, segment_size, gqa, permute_mode, isa,
+            int(s.head_dim), q.dtype, block_size, segment_size, gqa, permute_mode, isa, correction,
         )  # fmt: skip
     return k_perm, q_perm, *pools, q.new_empty(packed_bytes, dtype=torch.uint8)
 
@@ -70,7 +70,7 @@ def _permute(
 def _select(
     q, k, k_pool, k_perm, q_perm, tau_heads, q_start, q_len, kv_start, kv_len, max_seqlen_q,
     max_seqlen_k, softmax_scale, block_size, segment_size, gqa, permute_mode, method, stride,
-    reduce, rule, tau, return_mass, isa=0,
+    reduce, rule, tau, return_mass, isa=0, normalize=0,
 ):  # fmt: skip
     vectors = (q_start, q_len, kv_start, kv_len)
     s = _Sizes(q, k, vectors, max_seqlen_q, max_seqlen_k)
@@ -85,6 +85,7 @@ def _select(
 def _attend(
     q, k, v, packed, bits, q_perm, q_start, q_len, kv_start, kv_len, max_seqlen_q, max_seqlen_k,
     softmax_scale, block_q, block_k, segment_size, gqa, own, return_lse, isa=0,
+    correction=0,
 ):  # fmt: skip
     return _out_and_lse(q, return_lse)
 
@@ -92,7 +93,7 @@ def _attend(
 def _prefill(
     q, k, v, k_perm_in, permute_heads, tau_heads, q_start, q_len, kv_start, kv_len, max_seqlen_q,
     max_seqlen_k, softmax_scale, block_size, segment_size, gqa, permute_mode, order, seed, method,
-    stride, reduce, rule, tau, return_lse, return_plan, isa=0,
+    stride, reduce, rule, tau, return_lse, return_plan, isa=0, normalize=0, correction=0,
 ):  # fmt: skip
     vectors = (q_start, q_len, kv_start, kv_len)
     s = _Sizes(q, k, vectors, max_seqlen_q, max_seqlen_k, gqa)

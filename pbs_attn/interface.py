@@ -223,7 +223,7 @@ def workspace_size(q_shape, k_shape, dtype, config=None, num_threads=None, devic
     if isinstance(config, methods.Method):
         if config.kind != "kernel":
             raise NotImplementedError(f"config is {config.text!r}, which is no kernel method")
-        config = config.config
+        config = config.config_at(k_shape[2])
     for name, shape in (("q_shape", q_shape), ("k_shape", k_shape)):
         if len(shape) != 4:
             checks.fail(name, tuple(shape), "4 sizes (B, H, N, D)")
@@ -253,6 +253,8 @@ def workspace_size(q_shape, k_shape, dtype, config=None, num_threads=None, devic
         stride=config.stride,
         reduce=enum_id("reduce", config.reduce),
         rule=enum_id("rule", config.rule),
+        correction=enum_id("correction", config.correction),
+        normalize=enum_id("normalize", config.normalize),
     )
 
 
@@ -263,8 +265,10 @@ def _config(config):
 
 
 def _check_options(config, **options):
-    """Raise for options of the kernels beside a method that has none."""
-    if not isinstance(config, methods.Method) or config.kind == "kernel":
+    """Raise for options of the kernels beside a method that has none, or sets them itself."""
+    if not isinstance(config, methods.Method):
+        return
+    if config.kind == "kernel" and "tau" in config.parameters():
         return
     for name, value in options.items():
         if value is not None:

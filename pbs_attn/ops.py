@@ -59,10 +59,13 @@ def permute(
     segment_size=256,
     gqa="per_head",
     mode="keys",
+    correction="none",
     pack=True,
     isa="auto",
 ):
-    """(k_perm, q_perm, k_pool, v_pool, packed); `pbs.h` has their shapes."""
+    """(k_perm, q_perm, k_pool, v_pool, packed); `pbs.h` has their shapes.
+
+    correction: that of the attend which packed is for."""
     return _ops.permute(
         q,
         k,
@@ -77,6 +80,7 @@ def permute(
         enum_id("permute", mode),
         pack,
         enum_id("isa", isa),
+        enum_id("correction", correction),
     )
 
 
@@ -98,6 +102,7 @@ def select(
     stride=8,
     reduce="sum",
     rule="prefix",
+    normalize="history",
     tau=0.9,
     return_mass=False,
     isa="auto",
@@ -123,6 +128,7 @@ def select(
         tau,
         return_mass,
         enum_id("isa", isa),
+        enum_id("normalize", normalize),
     )
 
 
@@ -141,6 +147,7 @@ def attend(
     segment_size=256,
     gqa="per_head",
     own="segment",
+    correction="none",
     return_lse=False,
     isa="auto",
 ):
@@ -161,6 +168,7 @@ def attend(
         enum_id("own", own),
         return_lse,
         enum_id("isa", isa),
+        enum_id("correction", correction),
     )
     return out.transpose(1, 2), lse
 
@@ -182,6 +190,7 @@ def attend_out(
     segment_size=256,
     gqa="per_head",
     own="segment",
+    correction="none",
     isa="auto",
 ):
     """`attend` into out (B, Nq, Hq, D), any strides, and lse [B, Hq, Nq] if given."""
@@ -202,6 +211,7 @@ def attend_out(
         out=out,
         lse=lse,
         isa=enum_id("isa", isa),
+        correction=enum_id("correction", correction),
     )
 
 
@@ -221,6 +231,14 @@ def _prefill_options(config, geometry, softmax_scale):
         enum_id("rule", config.rule),
         config.tau,
     )
+
+
+def _prefill_words(config):
+    """What stands behind isa in the schemas, where calls made before it was there do not miss it"""
+    return {
+        "normalize": enum_id("normalize", config.normalize),
+        "correction": enum_id("correction", config.correction),
+    }
 
 
 def prefill(
@@ -250,6 +268,7 @@ def prefill(
         return_lse,
         return_plan,
         enum_id("isa", isa),
+        **_prefill_words(config),
     )
     return out.transpose(1, 2), *rest
 
@@ -281,4 +300,5 @@ def prefill_out(
         out=out,
         lse=lse,
         isa=enum_id("isa", isa),
+        **_prefill_words(config),
     )

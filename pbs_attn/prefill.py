@@ -40,7 +40,7 @@ def attention(
     if method is not None:
         _check_wishes(method, return_lse, return_plan)
         if method.kind == "kernel":
-            config = method.config
+            config = method.config_at(longest[1])
             if tau_heads is None and reason is None:
                 tau_heads = method.tau_heads(layer, q.shape[1], q.device)
         elif reason is None:

@@ -79,11 +79,11 @@ def reason_for_dense(q, k, v, config, seqlen_q=None, seqlen_k=None):
         return "disabled"
     if isinstance(config, Method) and config.kind == "dense":
         return "asked"
+    seqlen_q, seqlen_k = seqlen_q or q.shape[2], seqlen_k or k.shape[2]
     if isinstance(config, Method) and config.kind == "kernel":
-        config = config.config
+        config = config.config_at(seqlen_k)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         return "grad"
-    seqlen_q, seqlen_k = seqlen_q or q.shape[2], seqlen_k or k.shape[2]
     least = min_lengths(config, q.device)
     if seqlen_q < least.min_q:
         return "short_q"

@@ -17,6 +17,8 @@ NAMES = {
     "select": {"mean_pool": 0, "antidiagonal": 1},
     "reduce": {"sum": 0, "max": 1},
     "rule": {"prefix": 0, "relative": 1, "absolute": 2, "budget": 3},
+    "normalize": {"history": 0, "row": 1},
+    "correction": {"none": 0, "mean": 1},
     "own": {"segment": 0, "block": 1, "mask": 2, "none": 3, "all": 4},
     "isa": {
         "auto": 0,
@@ -32,7 +34,9 @@ NAMES = {
         "emu_amx": 10,
     },
 }
-CONFIG_NAMES = ("permute", "order", "gqa", "select", "reduce", "rule")
+CONFIG_NAMES = (
+    "permute", "order", "gqa", "select", "reduce", "rule", "normalize", "correction",
+)  # fmt: skip
 PERMUTES_QUERIES = ("queries", "both")
 WORD = 32  # blocks per word of a bitmask
 

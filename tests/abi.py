@@ -50,6 +50,7 @@ class Prefill(ctypes.Structure):
         ("lse", View), ("count", c_void_p), ("bits", c_void_p), ("k_perm", c_void_p),
         ("q_perm", c_void_p), ("workspace_cap", c_size_t), ("workspace", c_void_p),
         ("workspace_bytes", c_size_t), ("exec", Exec), ("counters", c_void_p),
+        ("normalize", c_int), ("correction", c_int),
     ]  # fmt: skip
 
 
@@ -93,6 +94,8 @@ class Library:
             tau=config.tau, out=view(out), lse=view(lse), count=count.data_ptr(),
             bits=bits.data_ptr(), k_perm=k_perm.data_ptr(), workspace_cap=workspace_cap,
             exec=Exec(None, None, 1, 0, stream, q.device.index or 0),
+            normalize=enum_id("normalize", config.normalize),
+            correction=enum_id("correction", config.correction),
         )  # fmt: skip
         size = c_size_t()
         self._call("pbs_prefill_workspace_size", ctypes.byref(p), ctypes.byref(size))

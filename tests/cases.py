@@ -10,6 +10,11 @@ HEAD_DIMS = (8, 16, 40, 64, 80, 96, 128, 192, 256)  # any multiple of 8 up to 25
 HEAD_RATIOS = ((2, 2), (3, 1), (4, 1), (8, 1), (6, 2))  # query heads, key heads
 BLOCK_SIZES = (64, 128, 256)
 METHODS = ("mean_pool", "antidiagonal")
+ROW = {"select": "antidiagonal", "normalize": "row"}
+SCORERS = ({"select": "mean_pool"}, {"select": "antidiagonal"}, ROW)
+CORRECTIONS = ("none", "mean")
+PEAK = {"permute": "identity", "reduce": "max", "stride": 16, "rule": "absolute", "tau": 0.3,
+        "correction": "mean", **ROW}  # fmt: skip
 PERMUTES = ("none", "identity", "keys", "queries", "both")
 ORDERS = ("last_block", "mean_query", "random_query", "random")
 RULES = (("prefix", 0.9), ("relative", 0.1), ("absolute", 0.05), ("budget", 2.0))
@@ -21,6 +26,16 @@ def lengths(block_size=128, segment_size=256):
     b, s = block_size, segment_size
     edges = (1, b - 1, b, b + 1, s - 1, s, s + 1, 2 * s, 2 * s + 1)
     return edges + tuple(_prime(x) for x in (b // 3, s + b // 2, 3 * s + b // 3))
+
+
+def scored_orders(permutes=PERMUTES, scorers=SCORERS):
+    """(scorer, permute): every scorer with every order that it works on."""
+    return [
+        (scorer, permute)
+        for scorer in scorers
+        for permute in permutes
+        if scorer is not ROW or permute not in ("none", "queries", "both")
+    ]
 
 
 def _prime(n):

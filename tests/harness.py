@@ -73,6 +73,7 @@ def four_verbs(
         k_perm_in=k_perm_in,
         permute_heads=permute_heads,
         mode=config.permute,
+        correction=config.correction,
         **cut,
     )
     q_perm = q_perm if config.permute in PERMUTES_QUERIES else None
@@ -88,6 +89,7 @@ def four_verbs(
         stride=config.stride,
         reduce=config.reduce,
         rule=config.rule,
+        normalize=config.normalize,
         tau=config.tau,
         return_mass=True,
         **cut,
@@ -105,6 +107,7 @@ def four_verbs(
         segment_size=config.segment_size,
         gqa=config.gqa,
         own=own_of(config.permute),
+        correction=config.correction,
         return_lse=True,
         isa=isa,
     )
@@ -175,6 +178,7 @@ def check_prefill(out, lse, q, k, v, bits, k_perm, config, case=None, q_perm=Non
             block_q=config.block_size,
             block_k=config.block_size,
             segment_size=config.segment_size,
+            correction=config.correction,
             what=f"{what} sequence {seq.index}",
         )
     rows = ~live[:, None, :].expand(out.shape[:3])

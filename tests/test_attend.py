@@ -66,49 +66,63 @@ def check(
 
 
 OWNS = ("segment", "block", "mask", "none", "all")
+OWN_AND_CORRECTION = [
+    (own, correction)
+    for own in OWNS
+    for correction in cases.CORRECTIONS
+    if own != "all" or correction == "none"
+]
 
 
-@pytest.mark.parametrize("own", OWNS)
+@pytest.mark.parametrize("own, correction", OWN_AND_CORRECTION)
 @pytest.mark.parametrize("seqlen", cases.lengths())
-def test_lengths(own, seqlen):
+def test_lengths(own, correction, seqlen):
     inputs = cases.make_inputs(41, (2, 1), seqlen)
-    check(*inputs, random_blocks(2, seqlen, seqlen), own=own)
+    check(*inputs, random_blocks(2, seqlen, seqlen), own=own, correction=correction)
 
 
-@pytest.mark.parametrize("own", OWNS)
+@pytest.mark.parametrize("own, correction", OWN_AND_CORRECTION)
 @pytest.mark.parametrize("case", cases.geometries(), ids=lambda case: case.name)
-def test_geometries_and_nan_padding(own, case):
+def test_geometries_and_nan_padding(own, correction, case):
     inputs = cases.make_inputs(42, (2, 1), case=case, nan_padding=True)
-    check(*inputs, random_blocks(2, case.seqlen_q, case.seqlen_k), case, own=own)
+    blocks = random_blocks(2, case.seqlen_q, case.seqlen_k)
+    check(*inputs, blocks, case, own=own, correction=correction)
 
 
 @pytest.mark.parametrize("heads", cases.HEAD_RATIOS)
 @pytest.mark.parametrize("per_kv_head", [False, True])
-def test_head_ratios(heads, per_kv_head):
+@pytest.mark.parametrize("correction", cases.CORRECTIONS)
+def test_head_ratios(heads, per_kv_head, correction):
     inputs = cases.make_inputs(43, heads, 700)
-    check(*inputs, random_blocks(heads[per_kv_head], 700, 700), own="mask")
+    blocks = random_blocks(heads[per_kv_head], 700, 700)
+    check(*inputs, blocks, own="mask", correction=correction)
 
 
 @pytest.mark.parametrize("head_dim", cases.HEAD_DIMS)
 @pytest.mark.parametrize("dtype", cases.DTYPES)
-def test_head_dims_and_dtypes(head_dim, dtype):
+@pytest.mark.parametrize("correction", cases.CORRECTIONS)
+def test_head_dims_and_dtypes(head_dim, dtype, correction):
     inputs = cases.make_inputs(44, (2, 1), 530, head_dim=head_dim, dtype=dtype)
-    check(*inputs, random_blocks(2, 530, 530))
+    check(*inputs, random_blocks(2, 530, 530), correction=correction)
 
 
 @pytest.mark.parametrize("block_q", cases.BLOCK_SIZES)
 @pytest.mark.parametrize("block_k", cases.BLOCK_SIZES)
-def test_block_sizes_of_a_mask(block_q, block_k):
+@pytest.mark.parametrize("correction", cases.CORRECTIONS)
+def test_block_sizes_of_a_mask(block_q, block_k, correction):
     inputs = cases.make_inputs(45, (2, 1), 900)
     blocks = random_blocks(2, 900, 900, block_q, block_k)
-    check(*inputs, blocks, own="mask", block_q=block_q, block_k=block_k)
+    cut = {"block_q": block_q, "block_k": block_k, "correction": correction}
+    check(*inputs, blocks, own="mask", **cut)
 
 
 @pytest.mark.parametrize("block, segment", [(64, 64), (64, 192), (256, 512), (128, 1024)])
-def test_sizes_of_segments(block, segment):
+@pytest.mark.parametrize("correction", cases.CORRECTIONS)
+def test_sizes_of_segments(block, segment, correction):
     inputs = cases.make_inputs(46, (1, 1), 1300)
     blocks = random_blocks(1, 1300, 1300, block, block)
-    check(*inputs, blocks, block_q=block, block_k=block, segment_size=segment)
+    cut = {"block_q": block, "block_k": block, "segment_size": segment}
+    check(*inputs, blocks, correction=correction, **cut)
 
 
 @pytest.mark.parametrize("layout", cases.LAYOUTS)
@@ -122,11 +136,12 @@ def test_layouts(layout):
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", cases.DTYPES)
 @pytest.mark.parametrize("head_dim", [40, 64, 256])
-@pytest.mark.parametrize("own", ["segment", "mask", "all"])
-def test_every_isa(isa, dtype, head_dim, own):
+@pytest.mark.parametrize("own, correction", [x for x in OWN_AND_CORRECTION if x[0] in
+                                             ("segment", "mask", "all")])  # fmt: skip
+def test_every_isa(isa, dtype, head_dim, own, correction):
     inputs = cases.make_inputs(48, (2, 1), 400, head_dim=head_dim, dtype=dtype)
     if takes(isa, dtype):
-        check(*inputs, random_blocks(2, 400, 400), own=own, isa=isa)
+        check(*inputs, random_blocks(2, 400, 400), own=own, isa=isa, correction=correction)
 
 
 @pytest.mark.parametrize("density", [0.0, 1.0])
@@ -144,17 +159,20 @@ def test_empty_and_full_selection(density, own):
         assert_close(dense[0][0], exact[0], low[0], what="dense")
 
 
-def test_softmax_scale():
+@pytest.mark.parametrize("correction", cases.CORRECTIONS)
+def test_softmax_scale(correction):
     inputs = cases.make_inputs(50, (2, 1), 530)
-    check(*inputs, random_blocks(2, 530, 530), scale=0.37)
+    check(*inputs, random_blocks(2, 530, 530), scale=0.37, correction=correction)
 
 
-def test_two_calls_merge_through_lse():
-    """History alone (own="none") and the own span alone give the whole, weighted by exp(lse)."""
+@pytest.mark.parametrize("correction", cases.CORRECTIONS)
+def test_two_calls_merge_through_lse(correction):
+    """History alone (own="none") and the own span alone give the whole, weighted by exp(lse).
+    Means of dropped blocks belong to history."""
     q, k, v = cases.make_inputs(51, (2, 1), 900)
     blocks = random_blocks(2, 900, 900)
-    whole, whole_lse = check(q, k, v, blocks, own="segment")
-    history, history_lse = check(q, k, v, blocks, own="none")
+    whole, whole_lse = check(q, k, v, blocks, own="segment", correction=correction)
+    history, history_lse = check(q, k, v, blocks, own="none", correction=correction)
     own, own_lse = check(q, k, v, torch.zeros_like(blocks), own="segment")
     lse = torch.logaddexp(history_lse, own_lse)
     merged = sum(
@@ -167,21 +185,32 @@ def test_two_calls_merge_through_lse():
 
 @pytest.mark.parametrize("gqa", ["per_head", "group"])
 @pytest.mark.parametrize("permute", cases.PERMUTES)
-def test_packed_panels_of_permute(gqa, permute):
+@pytest.mark.parametrize("correction", cases.CORRECTIONS)
+def test_packed_panels_of_permute(gqa, permute, correction):
     """Panels packed by permute, permuted history and original own span, give the selection."""
-    config = config_of(permute=permute, gqa=gqa, tau=0.6)
+    config = config_of(permute=permute, gqa=gqa, tau=0.6, correction=correction)
     inputs = cases.make_inputs(52, (4, 2), 811, dtype=torch.bfloat16)
     run = four_verbs(*inputs, config)
     q_perm = run.q_perm
     check_prefill(run.out, run.lse, *inputs, run.bits, run.k_perm, config, q_perm=q_perm)
 
 
-def test_natural_order_needs_no_packed():
+@pytest.mark.parametrize("correction", cases.CORRECTIONS)
+def test_natural_order_needs_no_packed(correction):
     inputs = cases.make_inputs(53, (2, 1), 900)
-    config = config_of(permute="identity")
+    config = config_of(permute="identity", tau=0.6, correction=correction)
     run = four_verbs(*inputs, config)
-    out, lse = ops.attend(*inputs, run.bits, return_lse=True)
+    out, lse = ops.attend(*inputs, run.bits, return_lse=True, correction=correction)
     assert torch.equal(out, run.out) and torch.equal(lse, run.lse)
+
+
+def test_packed_with_means_serves_a_call_without():
+    inputs = cases.make_inputs(56, (2, 1), 900)
+    plain, mean = config_of(tau=0.6), config_of(tau=0.6, correction="mean")
+    want, other = four_verbs(*inputs, plain), four_verbs(*inputs, mean)
+    assert other.packed.numel() > want.packed.numel()
+    out, lse = ops.attend(*inputs, want.bits, packed=other.packed, return_lse=True)
+    assert torch.equal(out, want.out) and torch.equal(lse, want.lse)
 
 
 def test_lse_is_optional_and_changes_nothing():

@@ -27,6 +27,14 @@ BAD = [
     ({"stride": 0}, ValueError, "stride is 0"),
     ({"reduce": "mean"}, ValueError, "reduce is 'mean'.*sum, max"),
     ({"rule": "best"}, ValueError, "rule is 'best'.*prefix, relative"),
+    ({"normalize": "rows"}, ValueError, "normalize is 'rows'.*history, row"),
+    ({"normalize": "row"}, ValueError, "normalize is 'row'.*select=mean_pool"),
+    (
+        {"normalize": "row", "select": "antidiagonal", "permute": "both"},
+        ValueError,
+        "normalize is 'row'.*permute=both",
+    ),
+    ({"correction": True}, ValueError, "correction is True.*none, mean"),
     ({"seed": -1}, ValueError, "seed is -1"),
     ({"seed": 2**63}, ValueError, "seed is 9223372036854775808"),
     ({"min_q": -1}, ValueError, "min_q is -1"),
@@ -48,6 +56,14 @@ def test_paper_defaults():
     assert (config.block_size, config.segment_size, config.tau) == (128, 256, 0.9)
     assert (config.permute, config.order, config.gqa) == ("keys", "last_block", "per_head")
     assert (config.select, config.rule, config.stride) == ("mean_pool", "prefix", 8)
+
+
+def test_row_shares_where_they_can_be_made():
+    for permute in ("none", "identity", "keys"):
+        config = PBSConfig(normalize="row", select="antidiagonal", permute=permute)
+        assert PBSConfig.from_json(config.to_json()) == config
+    assert PBSConfig(normalize="row", permute="none").select == "mean_pool"  # as it always does
+    assert PBSConfig().normalize == "history" and PBSConfig().correction == "none"
 
 
 def test_frozen_and_hashable():

@@ -172,6 +172,8 @@ def test_other_functions_check_too():
 SCORE = torch.ops.pbs_attn.score
 NO_GEOMETRY = (None, None, None, None, 0, 0)
 BITS = torch.zeros(2, 4, 5, 1, dtype=torch.int32)
+POOL = torch.zeros(2, 4, 5, D)
+Q_PERM = torch.arange(N, dtype=torch.int32).repeat(2, 4, 1)
 
 # The C core checks what reaches it by other ways: the ops called directly.
 BAD_OPS = {
@@ -190,6 +192,27 @@ BAD_OPS = {
     "tau_heads": (
         lambda: ops.prefill(Q, K, K, SPARSE, tau_heads=torch.ones(3)),
         "tau_heads",
+    ),
+    "row shares of means": (
+        lambda: ops.select(Q, K, k_pool=POOL, mode="identity", normalize="row"), "normalize: ROW",
+    ),
+    "row shares of permuted rows": (
+        lambda: ops.select(Q, K, method="antidiagonal", mode="queries", q_perm=Q_PERM,
+                           normalize="row"),
+        "normalize: ROW",
+    ),
+    "normalize": (
+        lambda: torch.ops.pbs_attn.select(Q, K, POOL, None, None, None, *NO_GEOMETRY, 0.0, 128,
+                                          256, 0, 1, 0, 8, 0, 0, 0.9, False, 0, 2),
+        "normalize: 2",
+    ),
+    "correction of all": (
+        lambda: ops.attend(Q, K, K, own="all", correction="mean"), "correction: 1, but own is ALL",
+    ),
+    "packed without means": (
+        lambda: ops.attend(Q, K, K, BITS, packed=ops.permute(Q, K, K, mode="identity")[4],
+                           correction="mean"),
+        "packed: made without correction",
     ),
     "isa": (lambda: SCORE(Q, K, *NO_GEOMETRY, 0.0, 128, 256, 0, 0, 0, 99), "isa"),
     "packed": (lambda: ops.attend(Q, K, K, BITS, packed=BITS.new_zeros(64).byte()), "packed"),

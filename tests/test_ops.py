@@ -49,12 +49,17 @@ def samples(dtype=torch.float32, packed=False):
             q, k, v = cases.make_inputs(81, (4, 2), 600, case=case, dtype=dtype)
             config = config_of(permute=permute, gqa="group" if permute == "both" else "per_head")
             run = four_verbs(q, k, v, config, geometry)
+            config = config.replace(correction="mean")
+            four_verbs(q, k, v, config, geometry)
             for flag in (False, True):
                 ops.prefill(q, k, v, config, geometry=geometry, return_lse=flag, return_plan=flag)
                 out = torch.zeros(run.out.transpose(1, 2).shape, dtype=dtype)
                 lse = torch.zeros(run.lse.shape) if flag else None
                 ops.prefill_out(q, k, v, config, out, lse, geometry=geometry)
                 ops.attend_out(q, k, v, None, out, lse, geometry=geometry, own="all")
+            ops.attend_out(
+                q, k, v, run.bits, out, lse, geometry=geometry, own="mask", correction="mean"
+            )
     finally:
         ops._ops = original
     return recorder.calls
@@ -94,11 +99,16 @@ def test_fakes_tell_the_truth(op, args, kwargs):
 @pytest.mark.parametrize("dtype", cases.DTYPES)
 def test_packed_bytes_are_exact_for_every_isa(isa, dtype):
     q, k, v = cases.make_inputs(82, (4, 2), 600, head_dim=40, dtype=dtype)
-    for mode, gqa in (("identity", "per_head"), ("none", "group")):
-        real = ops.permute(q, k, v, mode=mode, gqa=gqa, isa=isa)
+    for mode, gqa, correction in (
+        ("identity", "per_head", "none"),
+        ("none", "group", "none"),
+        ("identity", "group", "mean"),
+    ):
+        options = {"mode": mode, "gqa": gqa, "correction": correction, "isa": isa}
+        real = ops.permute(q, k, v, **options)
         with FakeTensorMode() as fake_mode:
             fake_inputs = [fake_mode.from_tensor(x) for x in (q, k, v)]
-            fake = ops.permute(*fake_inputs, mode=mode, gqa=gqa, isa=isa)
+            fake = ops.permute(*fake_inputs, **options)
         assert fake[4].shape == real[4].shape
 
 
@@ -115,8 +125,9 @@ def test_an_input_that_requires_grad_raises(op, args, kwargs):
 
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_compile_fullgraph(dynamic, dtype):
-    config = config_of()
+@pytest.mark.parametrize("words", [{}, cases.PEAK], ids=["paper", "peak"])
+def test_compile_fullgraph(dynamic, dtype, words):
+    config = config_of(**words)
 
     def layer(q, k, v):
         out, lse = pbs_attention(q * 2, k, v, config=config, return_lse=True)
@@ -129,6 +140,26 @@ def test_compile_fullgraph(dynamic, dtype):
         with torch.no_grad():
             got, want = compiled(*inputs), layer(*inputs)
         assert all(map(torch.equal, got, want))
+
+
+def test_calls_made_before_the_new_words_still_run():
+    """A program exported by an older version passes isa last; what came later has its default."""
+    q, k, v = cases.make_inputs(87, (2, 1), 600)
+    want = ops.attend(q, k, v, own="all", return_lse=True)
+    out, lse = _ops.attend(
+        q, k, v, None, None, None, *(None,) * 4, 0, 0, 0.0, 128, 128, 256, 0, 4, True, 0
+    )
+    assert torch.equal(out.transpose(1, 2), want[0]) and torch.equal(lse, want[1])
+
+
+def test_a_traced_module_takes_the_words():
+    config = config_of(**cases.PEAK)
+    inputs = cases.make_inputs(88, (2, 1), 600)
+    with torch.no_grad():
+        traced = torch.jit.trace(lambda q, k, v: ops.prefill(q, k, v, config)[0], inputs)
+    other = cases.make_inputs(89, (2, 1), 600)
+    assert torch.equal(traced(*other), ops.prefill(*other, config)[0])
+    assert not torch.equal(traced(*other), ops.prefill(*other, config_of())[0])
 
 
 def test_compile_dynamic_traces_once():

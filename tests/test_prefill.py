@@ -32,48 +32,61 @@ def check(q, k, v, config, case=None, isa="auto", **heads):
     assert torch.equal(k_perm, run.k_perm)
     assert torch.equal(out, run.out) and torch.equal(lse, run.lse)
     q_perm = run.q_perm if config.permute in PERMUTES_QUERIES else None
-    what = f"prefill {config.permute} {config.select} {case and case.name} {isa}"
+    words = f"{config.permute} {config.select} {config.normalize} {config.correction}"
+    what = f"prefill {words} {case and case.name} {isa}"
     check_prefill(out, lse, q, k, v, bits, k_perm, config, case, q_perm, what)
     return got
 
 
-@pytest.mark.parametrize("permute", ["keys", "both"])
+@pytest.mark.parametrize("words", [{"permute": "keys"}, {"permute": "both"}, cases.PEAK], ids=str)
 @pytest.mark.parametrize("seqlen", cases.lengths())
-def test_lengths(permute, seqlen):
-    check(*cases.make_inputs(61, (2, 1), seqlen), config_of(permute=permute))
+def test_lengths(words, seqlen):
+    check(*cases.make_inputs(61, (2, 1), seqlen), config_of(**words))
 
 
 @pytest.mark.parametrize("permute", ["none", "identity", "queries"])
+@pytest.mark.parametrize("correction", cases.CORRECTIONS)
 @pytest.mark.parametrize("seqlen", [1, 257, 811])
-def test_other_modes(permute, seqlen):
-    check(*cases.make_inputs(61, (2, 1), seqlen), config_of(permute=permute))
+def test_other_modes(permute, correction, seqlen):
+    inputs = cases.make_inputs(61, (2, 1), seqlen)
+    check(*inputs, config_of(permute=permute, correction=correction, tau=0.7))
 
 
 @pytest.mark.parametrize("case", cases.geometries(), ids=lambda case: case.name)
 @pytest.mark.parametrize("permute", ["none", "keys", "both"])
-def test_geometries_and_nan_padding(case, permute):
+@pytest.mark.parametrize("correction", cases.CORRECTIONS)
+def test_geometries_and_nan_padding(case, permute, correction):
     inputs = cases.make_inputs(62, (2, 1), case=case, nan_padding=True)
-    check(*inputs, config_of(permute=permute), case)
+    check(*inputs, config_of(permute=permute, correction=correction), case)
+
+
+@pytest.mark.parametrize("case", cases.geometries(), ids=lambda case: case.name)
+def test_geometries_and_nan_padding_of_peak(case):
+    inputs = cases.make_inputs(62, (2, 1), case=case, nan_padding=True)
+    check(*inputs, config_of(**cases.PEAK), case)
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES)
 @pytest.mark.parametrize("head_dim", [8, 80, 256])
-def test_head_dims_and_dtypes(dtype, head_dim):
+@pytest.mark.parametrize("words", [{}, cases.PEAK], ids=["paper", "peak"])
+def test_head_dims_and_dtypes(dtype, head_dim, words):
     inputs = cases.make_inputs(63, (2, 1), 600, head_dim=head_dim, dtype=dtype)
-    check(*inputs, config_of())
+    check(*inputs, config_of(**words))
 
 
 @pytest.mark.parametrize("heads", cases.HEAD_RATIOS)
 @pytest.mark.parametrize("gqa", ["per_head", "group"])
-def test_head_ratios(heads, gqa):
-    check(*cases.make_inputs(64, heads, 530), config_of(gqa=gqa))
+@pytest.mark.parametrize("correction", cases.CORRECTIONS)
+def test_head_ratios(heads, gqa, correction):
+    check(*cases.make_inputs(64, heads, 530), config_of(gqa=gqa, correction=correction))
 
 
-@pytest.mark.parametrize("method", cases.METHODS)
+@pytest.mark.parametrize("scorer", cases.SCORERS)
 @pytest.mark.parametrize("rule, tau", cases.RULES)
-def test_methods_and_rules(method, rule, tau):
+@pytest.mark.parametrize("correction", cases.CORRECTIONS)
+def test_scorers_and_rules(scorer, rule, tau, correction):
     inputs = cases.make_inputs(65, (2, 1), 1100)
-    check(*inputs, config_of(select=method, rule=rule, tau=tau))
+    check(*inputs, config_of(rule=rule, tau=tau, correction=correction, **scorer))
 
 
 @pytest.mark.parametrize("order", cases.ORDERS)
@@ -83,8 +96,9 @@ def test_orders(order):
 
 @pytest.mark.parametrize("block_size, segment_size", [(64, 64), (64, 192), (256, 512), (128, 1024)])
 def test_sizes(block_size, segment_size):
-    config = config_of(block_size=block_size, segment_size=segment_size)
-    check(*cases.make_inputs(67, (1, 1), 2 * segment_size + 99), config)
+    inputs = cases.make_inputs(67, (1, 1), 2 * segment_size + 99)
+    for words in ({}, cases.PEAK):
+        check(*inputs, config_of(block_size=block_size, segment_size=segment_size, **words))
 
 
 @pytest.mark.parametrize("layout", cases.LAYOUTS)
@@ -96,11 +110,11 @@ def test_layouts(layout):
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", cases.DTYPES)
-@pytest.mark.parametrize("permute", ["keys", "both"])
-def test_every_isa(isa, dtype, permute):
+@pytest.mark.parametrize("words", [{"permute": "keys"}, {"permute": "both"}, cases.PEAK], ids=str)
+def test_every_isa(isa, dtype, words):
     inputs = cases.make_inputs(69, (2, 1), 600, head_dim=40, dtype=dtype)
     if takes(isa, dtype):
-        check(*inputs, config_of(permute=permute), isa=isa)
+        check(*inputs, config_of(**words), isa=isa)
 
 
 def test_per_head_tau_and_order():

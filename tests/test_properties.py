@@ -51,15 +51,17 @@ def configs(draw):
             st.tuples(st.just("budget"), st.integers(0, 6)),
         )
     )
+    scorer, permute = draw(st.sampled_from(cases.scored_orders()))
     return config_of(
         block_size=block,
         segment_size=block * draw(st.integers(1, 4)),
         tau=tau,
         rule=rule,
-        permute=draw(st.sampled_from(cases.PERMUTES)),
+        permute=permute,
         order=draw(st.sampled_from(cases.ORDERS)),
         gqa=draw(st.sampled_from(["per_head", "group"])),
-        select=draw(st.sampled_from(cases.METHODS)),
+        correction=draw(st.sampled_from(cases.CORRECTIONS)),
+        **scorer,
         stride=draw(st.sampled_from([4, 8, 16])),
         reduce=draw(st.sampled_from(["sum", "max"])),
         seed=draw(st.integers(0, 2**63 - 1)),
@@ -146,6 +148,7 @@ def check_plan(seq, run, config):
         stride=config.stride,
         reduce=config.reduce,
         rule=config.rule,
+        normalize=config.normalize,
         tau=float(torch.tensor(config.tau, dtype=torch.float32)),
         **cut_of(config),
     )

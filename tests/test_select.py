@@ -23,7 +23,8 @@ def check(q, k, v, config, case=None, isa="auto", tau_heads=None):
     run = four_verbs(q, k, v, config, geometry_of(case), tau_heads=tau_heads, isa=isa)
     assert (run.count >= 0).all()
     for seq in sequences_of(q, k, v, case):
-        what = f"select {config.select} {config.permute} {case and case.name} {isa}"
+        scorer = f"{config.select} {config.normalize} {config.permute}"
+        what = f"select {scorer} {case and case.name} {isa}"
         bits = bits_of(run.bits, seq, config)
         assert torch.equal(run.count[seq.index, :, : bits.shape[1]], bits.sum(-1).int()), what
         seqlen_q, seqlen_k = seq.q.shape[1], seq.k.shape[1]
@@ -37,6 +38,7 @@ def check(q, k, v, config, case=None, isa="auto", tau_heads=None):
             stride=config.stride,
             reduce=config.reduce,
             rule=config.rule,
+            normalize=config.normalize,
             tau=config.tau if tau_heads is None else tau_heads,
             **cut_of(config),
         )
@@ -50,28 +52,28 @@ def check(q, k, v, config, case=None, isa="auto", tau_heads=None):
     return run
 
 
-@pytest.mark.parametrize("method", cases.METHODS)
-@pytest.mark.parametrize("permute", cases.PERMUTES)
+@pytest.mark.parametrize("scorer, permute", cases.scored_orders())
 @pytest.mark.parametrize("seqlen", cases.lengths())
-def test_lengths(method, permute, seqlen):
+def test_lengths(scorer, permute, seqlen):
     inputs = cases.make_inputs(21, (2, 1), seqlen)
-    check(*inputs, config_of(select=method, permute=permute))
+    check(*inputs, config_of(permute=permute, **scorer))
 
 
-@pytest.mark.parametrize("method", cases.METHODS)
+@pytest.mark.parametrize("scorer, permute", cases.scored_orders(["none", "keys"]))
 @pytest.mark.parametrize("rule, tau", cases.RULES)
-@pytest.mark.parametrize("permute", ["none", "keys"])
-def test_rules(method, rule, tau, permute):
+def test_rules(scorer, rule, tau, permute):
     inputs = cases.make_inputs(22, (4, 2), 1100)
-    check(*inputs, config_of(select=method, rule=rule, tau=tau, permute=permute))
+    check(*inputs, config_of(rule=rule, tau=tau, permute=permute, **scorer))
 
 
 @pytest.mark.parametrize("stride", [1, 4, 16, 128])
 @pytest.mark.parametrize("reduce", ["sum", "max"])
-@pytest.mark.parametrize("permute", ["none", "keys"])
-def test_antidiagonal_strides(stride, reduce, permute):
+@pytest.mark.parametrize(
+    "scorer, permute", cases.scored_orders(["none", "keys"], cases.SCORERS[1:])
+)
+def test_antidiagonal_strides(stride, reduce, scorer, permute):
     inputs = cases.make_inputs(23, (2, 1), 700)
-    check(*inputs, config_of(select="antidiagonal", stride=stride, reduce=reduce, permute=permute))
+    check(*inputs, config_of(stride=stride, reduce=reduce, permute=permute, **scorer))
 
 
 @pytest.mark.parametrize("block_size", cases.BLOCK_SIZES)
@@ -85,14 +87,15 @@ def test_antidiagonal_after_a_prefix(block_size, stride):
     for permute, reduce in (("keys", "max"), ("none", "sum")):
         options = {"permute": permute, "reduce": reduce, "stride": stride, **blocks}
         check(*inputs, config_of(select="antidiagonal", **options), case)
+    options = {"permute": "keys", "reduce": "max", "stride": stride, **cases.ROW, **blocks}
+    check(*inputs, config_of(**options), case)
 
 
-@pytest.mark.parametrize("method", cases.METHODS)
+@pytest.mark.parametrize("scorer, permute", cases.scored_orders(["none", "identity", "keys"]))
 @pytest.mark.parametrize("case", cases.geometries(), ids=lambda case: case.name)
-def test_geometries_and_nan_padding(method, case):
+def test_geometries_and_nan_padding(scorer, permute, case):
     inputs = cases.make_inputs(24, (4, 2), case=case, nan_padding=True)
-    for permute in ("keys", "none"):
-        check(*inputs, config_of(select=method, permute=permute), case)
+    check(*inputs, config_of(permute=permute, **scorer), case)
 
 
 @pytest.mark.parametrize("heads", cases.HEAD_RATIOS)
@@ -102,19 +105,19 @@ def test_head_ratios(heads, gqa):
 
 
 @pytest.mark.parametrize("block_size, segment_size", [(64, 64), (64, 192), (256, 512)])
-@pytest.mark.parametrize("method", cases.METHODS)
-def test_sizes(block_size, segment_size, method):
-    config = config_of(block_size=block_size, segment_size=segment_size, select=method)
+@pytest.mark.parametrize("scorer", cases.SCORERS)
+def test_sizes(block_size, segment_size, scorer):
+    config = config_of(block_size=block_size, segment_size=segment_size, **scorer)
     check(*cases.make_inputs(26, (2, 1), 3 * segment_size + 77), config)
 
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", cases.DTYPES)
-@pytest.mark.parametrize("method", cases.METHODS)
-def test_every_isa(isa, dtype, method):
+@pytest.mark.parametrize("scorer", cases.SCORERS)
+def test_every_isa(isa, dtype, scorer):
     inputs = cases.make_inputs(27, (2, 1), 700, head_dim=40, dtype=dtype)
     if takes(isa, dtype):
-        check(*inputs, config_of(select=method), isa=isa)
+        check(*inputs, config_of(**scorer), isa=isa)
 
 
 def test_tau_per_head():
@@ -126,13 +129,12 @@ def test_tau_per_head():
         assert torch.equal(run.bits[:, h], alone.bits[:, h])
 
 
-@pytest.mark.parametrize("method", cases.METHODS)
-@pytest.mark.parametrize("permute", ["none", "identity", "keys"])
-def test_larger_tau_never_removes_a_block(method, permute):
+@pytest.mark.parametrize("scorer, permute", cases.scored_orders(["none", "identity", "keys"]))
+def test_larger_tau_never_removes_a_block(scorer, permute):
     inputs = cases.make_inputs(29, (2, 1), 1500)
     before = None
     for tau in (0.0, 0.3, 0.6, 0.9, 0.99, 1.0):
-        bits = four_verbs(*inputs, config_of(tau=tau, select=method, permute=permute)).bits
+        bits = four_verbs(*inputs, config_of(tau=tau, permute=permute, **scorer)).bits
         if before is not None:
             assert (before & ~bits).sum() == 0
         before = bits

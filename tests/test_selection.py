@@ -81,6 +81,8 @@ PREFIXES = {
     "select": "PBS_SELECT_",
     "reduce": "PBS_REDUCE_",
     "rule": "PBS_RULE_",
+    "normalize": "PBS_NORMALIZE_",
+    "correction": "PBS_CORRECTION_",
     "own": "PBS_OWN_",
     "isa": "PBS_ISA_",
 }

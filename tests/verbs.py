@@ -18,6 +18,8 @@ ENUMS = {  # the numbers of csrc/include/pbs/pbs.h
     "reduce": ("sum", "max"),
     "rule": ("prefix", "relative", "absolute", "budget"),
     "own": ("segment", "block", "mask", "none", "all"),
+    "normalize": ("history", "row"),
+    "correction": ("none", "mean"),
 }
 ISAS = {
     "c": 1, "avx2": 2, "avx512": 3, "avx512bf16": 4, "amx": 9,
@@ -89,11 +91,14 @@ class Ops:
             number("gqa", gqa), number("order", order), seed, self.isa,
         )[0]  # fmt: skip
 
-    def _permute(self, q, k, v, s, k_perm, gqa, permute, block, segment, pack):
+    def _permute(
+        self, q, k, v, s, k_perm, gqa, permute, block, segment, pack, correction="none"
+    ):  # fmt: skip
         return self.run(
             "permute", q[None], k[None], v[None], None if s is None else s.float()[None],
             None if k_perm is None else k_perm.int()[None], None, *WHOLE, block, segment,
             number("gqa", gqa), number("permute", permute), pack, self.isa,
+            number("correction", correction),
         )  # fmt: skip
 
     def permute(self, q, k, s, *, gqa="per_head", permute="keys", block=128, segment=256):
@@ -105,7 +110,8 @@ class Ops:
 
     def select(
         self, q, k, *, k_perm=None, q_perm=None, gqa="per_head", permute="keys",
-        method="mean_pool", stride=8, reduce="sum", rule="prefix", tau=0.9, block=128, segment=256,
+        method="mean_pool", stride=8, reduce="sum", rule="prefix", normalize="history", tau=0.9,
+        block=128, segment=256,
     ):  # fmt: skip
         keyed = "keys" if k_perm is not None else "identity"
         k_pool = self._permute(q, k, k, None, k_perm, gqa, keyed, block, segment, False)[2]
@@ -114,6 +120,7 @@ class Ops:
             None if q_perm is None else q_perm.int()[None], None, *WHOLE, 0.0, block, segment,
             number("gqa", gqa), number("permute", permute), number("method", method), stride,
             number("reduce", reduce), number("rule", rule), tau, True, self.isa,
+            number("normalize", normalize),
         )  # fmt: skip
         blocks = numerics.unpack(bits[0], -(-k.size(1) // block))
         assert torch.equal(blocks.sum(-1), count[0].long()), "count is not the number of bits"
@@ -121,29 +128,33 @@ class Ops:
 
     def attend(
         self, q, k, v, bits, *, k_perm=None, q_perm=None, gqa="per_head", own="segment",
-        block_q=128, block_k=128, segment=256,
+        correction="none", block_q=128, block_k=128, segment=256,
     ):  # fmt: skip
         packed = None
         if k_perm is not None:
-            packed = self._permute(q, k, v, None, k_perm, gqa, "keys", block_k, segment, True)[4]
+            packed = self._permute(
+                q, k, v, None, k_perm, gqa, "keys", block_k, segment, True, correction
+            )[4]
         out, lse = self.run(
             "attend", q[None], k[None], v[None], packed,
             None if bits is None else numerics.pack(bits)[None],
             None if q_perm is None else q_perm.int()[None], *WHOLE, 0.0, block_q, block_k,
             segment, number("gqa", gqa), number("own", own), True, self.isa,
+            number("correction", correction),
         )  # fmt: skip
         return out[0].transpose(0, 1), lse[0]
 
     def prefill(
         self, q, k, v, *, k_perm=None, gqa="per_head", permute="keys", order="last_block", seed=0,
-        select="mean_pool", stride=8, reduce="sum", rule="prefix", tau=0.9, block=128, segment=256,
+        select="mean_pool", stride=8, reduce="sum", rule="prefix", normalize="history",
+        correction="none", tau=0.9, block=128, segment=256,
     ):  # fmt: skip
         out, lse, count, bits, k_perm = self.run(
             "prefill", q[None], k[None], v[None],
             None if k_perm is None else k_perm.int()[None], None, None, *WHOLE, 0.0, block,
             segment, number("gqa", gqa), number("permute", permute), number("order", order), seed,
             number("method", select), stride, number("reduce", reduce), number("rule", rule), tau,
-            True, True, self.isa,
+            True, True, self.isa, number("normalize", normalize), number("correction", correction),
         )  # fmt: skip
         blocks = numerics.unpack(bits[0], -(-k.size(1) // block))
         assert torch.equal(blocks.sum(-1), count[0].long()), "count is not the number of bits"

@@ -99,23 +99,27 @@ static pbs_view shape_only(pbs_dtype dtype, int batch, int heads, int seqlen, in
 PyDoc_STRVAR(prefill_workspace_size_doc,
              "prefill_workspace_size(batch, num_heads, num_heads_k, seqlen_q, seqlen_k, head_dim, "
              "dtype, num_threads, block_size, segment_size, gqa, mode, order, method, stride, "
-             "reduce=0, rule=0, isa=0, workspace_cap=0) -> int\n\n"
+             "reduce=0, rule=0, isa=0, workspace_cap=0, correction=0, normalize=0) -> int\n\n"
              "Bytes that a prefill of these sizes needs; enums as in pbs.h.");
 
 static PyObject *prefill_workspace_size(PyObject *self, PyObject *args, PyObject *kwargs) {
     (void)self;
-    static char *names[] = {"batch",    "num_heads", "num_heads_k", "seqlen_q",      "seqlen_k",
-                            "head_dim", "dtype",     "num_threads", "block_size",    "segment_size",
-                            "gqa",      "mode",      "order",       "method",        "stride",
-                            "reduce",   "rule",      "isa",         "workspace_cap", NULL};
+    static char *names[] = {
+        "batch",     "num_heads", "num_heads_k", "seqlen_q",      "seqlen_k",
+        "head_dim",  "dtype",     "num_threads", "block_size",    "segment_size",
+        "gqa",       "mode",      "order",       "method",        "stride",
+        "reduce",    "rule",      "isa",         "workspace_cap", "correction",
+        "normalize", NULL};
     int batch, heads, heads_k, seqlen_q, seqlen_k, head_dim, threads, block_size, segment_size;
     int gqa, mode, order, method, stride, reduce = 0, rule = 0, isa_id = 0;
+    int correction = 0, normalize = 0;
     const char *dtype_name;
     Py_ssize_t cap = 0;
-    if (!PyArg_ParseTupleAndKeywords(
-            args, kwargs, "iiiiiisiiiiiiii|iiin:prefill_workspace_size", names, &batch, &heads,
-            &heads_k, &seqlen_q, &seqlen_k, &head_dim, &dtype_name, &threads, &block_size,
-            &segment_size, &gqa, &mode, &order, &method, &stride, &reduce, &rule, &isa_id, &cap)) {
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "iiiiiisiiiiiiii|iiinii:prefill_workspace_size",
+                                     names, &batch, &heads, &heads_k, &seqlen_q, &seqlen_k,
+                                     &head_dim, &dtype_name, &threads, &block_size, &segment_size,
+                                     &gqa, &mode, &order, &method, &stride, &reduce, &rule, &isa_id,
+                                     &cap, &correction, &normalize)) {
         return NULL;
     }
     pbs_dtype dtype = dtype_from_name(dtype_name);
@@ -139,6 +143,8 @@ static PyObject *prefill_workspace_size(PyObject *self, PyObject *args, PyObject
     p.rule = (pbs_rule)rule;
     p.tau = 1.0f; /* allowed by every rule, and no size depends on it */
     p.workspace_cap = (size_t)cap;
+    p.correction = (pbs_correction)correction;
+    p.normalize = (pbs_normalize)normalize;
     p.exec.num_threads = threads;
     p.exec.isa = (pbs_isa)isa_id;
     size_t bytes = 0;
@@ -148,20 +154,21 @@ static PyObject *prefill_workspace_size(PyObject *self, PyObject *args, PyObject
 
 PyDoc_STRVAR(kv_packed_bytes_doc,
              "kv_packed_bytes(batch, num_heads, num_heads_k, seqlen_q, seqlen_k, head_dim, dtype, "
-             "block_size, segment_size, gqa, mode, isa=0) -> int\n\n"
+             "block_size, segment_size, gqa, mode, isa=0, correction=0) -> int\n\n"
              "Bytes of the packed K/V that permute writes for these sizes; enums as in pbs.h.");
 
 static PyObject *kv_packed_bytes(PyObject *self, PyObject *args, PyObject *kwargs) {
     (void)self;
-    static char *names[] = {"batch",    "num_heads", "num_heads_k", "seqlen_q",     "seqlen_k",
-                            "head_dim", "dtype",     "block_size",  "segment_size", "gqa",
-                            "mode",     "isa",       NULL};
+    static char *names[] = {
+        "batch",      "num_heads",    "num_heads_k", "seqlen_q", "seqlen_k", "head_dim",   "dtype",
+        "block_size", "segment_size", "gqa",         "mode",     "isa",      "correction", NULL};
     int batch, heads, heads_k, seqlen_q, seqlen_k, head_dim, block_size, segment_size, gqa, mode;
-    int isa_id = 0;
+    int isa_id = 0, correction = 0;
     const char *dtype_name;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "iiiiiisiiii|i:kv_packed_bytes", names, &batch,
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "iiiiiisiiii|ii:kv_packed_bytes", names, &batch,
                                      &heads, &heads_k, &seqlen_q, &seqlen_k, &head_dim, &dtype_name,
-                                     &block_size, &segment_size, &gqa, &mode, &isa_id)) {
+                                     &block_size, &segment_size, &gqa, &mode, &isa_id,
+                                     &correction)) {
         return NULL;
     }
     pbs_dtype dtype = dtype_from_name(dtype_name);
@@ -174,6 +181,7 @@ static PyObject *kv_packed_bytes(PyObject *self, PyObject *args, PyObject *kwarg
     p.segment_size = segment_size;
     p.gqa = (pbs_gqa)gqa;
     p.mode = (pbs_permute_mode)mode;
+    p.correction = (pbs_correction)correction;
     p.exec.isa = (pbs_isa)isa_id;
     size_t bytes = 0;
     if (raise_status(pbs_kv_packed_bytes(&p, &bytes)) < 0) return NULL;
@@ -214,7 +222,7 @@ static PyObject *attend_kernels(void) {
         const char *dtype;
         int head_dim, block_m, block_n;
     } kernels[] = {
-#define INSTANCE(dtype, type, head_dim, block_m, block_n, warps, blocks_per_sm) \
+#define INSTANCE(dtype, type, head_dim, block_m, block_n, warps, blocks_per_sm, with_means) \
     {#type, head_dim, block_m, block_n},
 #include "cuda/attend_instances.inc"
 #undef INSTANCE

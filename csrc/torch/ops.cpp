@@ -46,7 +46,7 @@ Tensor score(Tensor q, Tensor k, GEOMETRY_PARAMS, double softmax_scale, int64_t 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>
 permute(Tensor q, Tensor k, Tensor v, OptTensor score, OptTensor k_perm_in, OptTensor permute_heads,
         GEOMETRY_PARAMS, int64_t block_size, int64_t segment_size, int64_t gqa, int64_t mode,
-        bool pack, int64_t isa) {
+        bool pack, int64_t isa, int64_t correction) {
     const Call call = to_call(q, GEOMETRY_ARGS);
     const Letters n(call, k, gqa, block_size, block_size);
     const bool rows = mode == PBS_PERMUTE_QUERIES || mode == PBS_PERMUTE_BOTH;
@@ -66,6 +66,7 @@ permute(Tensor q, Tensor k, Tensor v, OptTensor score, OptTensor k_perm_in, OptT
     p.segment_size = to_int32("segment_size", segment_size);
     p.gqa = to_enum<pbs_gqa>("gqa", gqa);
     p.mode = to_enum<pbs_permute_mode>("mode", mode);
+    p.correction = to_enum<pbs_correction>("correction", correction);
     Tensor k_perm = new_tensor(q, {n.b, n.hp, n.nk}, ScalarType::Int);
     Tensor q_perm = new_tensor(q, {n.b, n.hq, rows ? n.nq : 0}, ScalarType::Int);
     Tensor k_pool = new_tensor(q, {n.b, n.hp, n.tk, n.d}, ScalarType::Float);
@@ -83,12 +84,11 @@ permute(Tensor q, Tensor k, Tensor v, OptTensor score, OptTensor k_perm_in, OptT
     return {k_perm, q_perm, k_pool, v_pool, packed};
 }
 
-std::tuple<Tensor, Tensor, Tensor> select(Tensor q, Tensor k, OptTensor k_pool, OptTensor k_perm,
-                                          OptTensor q_perm, OptTensor tau_heads, GEOMETRY_PARAMS,
-                                          double softmax_scale, int64_t block_size,
-                                          int64_t segment_size, int64_t gqa, int64_t mode,
-                                          int64_t method, int64_t stride, int64_t reduce,
-                                          int64_t rule, double tau, bool return_mass, int64_t isa) {
+std::tuple<Tensor, Tensor, Tensor>
+select(Tensor q, Tensor k, OptTensor k_pool, OptTensor k_perm, OptTensor q_perm,
+       OptTensor tau_heads, GEOMETRY_PARAMS, double softmax_scale, int64_t block_size,
+       int64_t segment_size, int64_t gqa, int64_t mode, int64_t method, int64_t stride,
+       int64_t reduce, int64_t rule, double tau, bool return_mass, int64_t isa, int64_t normalize) {
     const Call call = to_call(q, GEOMETRY_ARGS);
     const Letters n(call, k, gqa, block_size, block_size);
     Exec exec(q, isa);
@@ -111,6 +111,7 @@ std::tuple<Tensor, Tensor, Tensor> select(Tensor q, Tensor k, OptTensor k_pool, 
     p.reduce = to_enum<pbs_reduce>("reduce", reduce);
     p.rule = to_enum<pbs_rule>("rule", rule);
     p.tau = static_cast<float>(tau);
+    p.normalize = to_enum<pbs_normalize>("normalize", normalize);
     Tensor bits = new_tensor(q, {n.b, n.hq, n.tq, n.w}, ScalarType::Int);
     Tensor count = new_tensor(q, {n.b, n.hq, n.tq}, ScalarType::Int);
     Tensor mass = new_tensor(q, {n.b, n.hq, return_mass ? n.tq : 0, return_mass ? n.tk : 0},
@@ -146,8 +147,8 @@ bool any_given(std::initializer_list<const OptTensor *> tensors) {
 
 void attend_out(Tensor q, Tensor k, Tensor v, OptTensor packed, OptTensor bits, OptTensor q_perm,
                 GEOMETRY_PARAMS, double softmax_scale, int64_t block_q, int64_t block_k,
-                int64_t segment_size, int64_t gqa, int64_t own, int64_t isa, Tensor out,
-                OptTensor lse) {
+                int64_t segment_size, int64_t gqa, int64_t own, int64_t isa, int64_t correction,
+                Tensor out, OptTensor lse) {
     const Call call = to_call(q, GEOMETRY_ARGS);
     const Letters n(call, k, gqa, block_q, block_k);
     const int64_t heads_sel = bits && bits->dim() == 4 ? bits->size(1) : n.hq;
@@ -171,6 +172,7 @@ void attend_out(Tensor q, Tensor k, Tensor v, OptTensor packed, OptTensor bits, 
     p.heads_sel = to_int32("heads_sel", heads_sel);
     p.gqa = to_enum<pbs_gqa>("gqa", gqa);
     p.own = to_enum<pbs_own>("own", own);
+    p.correction = to_enum<pbs_correction>("correction", correction);
     p.out = to_view(call, "out", out, Layout::bnhd);
     if (lse) p.lse = to_lse_view(call, *lse);
     run(p, pbs_attend_workspace_size, pbs_attend, q, exec);
@@ -179,10 +181,12 @@ void attend_out(Tensor q, Tensor k, Tensor v, OptTensor packed, OptTensor bits, 
 std::tuple<Tensor, Tensor> attend(Tensor q, Tensor k, Tensor v, OptTensor packed, OptTensor bits,
                                   OptTensor q_perm, GEOMETRY_PARAMS, double softmax_scale,
                                   int64_t block_q, int64_t block_k, int64_t segment_size,
-                                  int64_t gqa, int64_t own, bool return_lse, int64_t isa) {
+                                  int64_t gqa, int64_t own, bool return_lse, int64_t isa,
+                                  int64_t correction) {
     auto [out, lse] = new_outputs(q, any_given({&q_start, &q_len, &kv_start, &kv_len}), return_lse);
     attend_out(q, k, v, packed, bits, q_perm, GEOMETRY_ARGS, softmax_scale, block_q, block_k,
-               segment_size, gqa, own, isa, out, return_lse ? OptTensor(lse) : std::nullopt);
+               segment_size, gqa, own, isa, correction, out,
+               return_lse ? OptTensor(lse) : std::nullopt);
     return {out, lse};
 }
 
@@ -195,8 +199,8 @@ void prefill_into(Tensor q, Tensor k, Tensor v, OptTensor k_perm_in, OptTensor p
                   OptTensor tau_heads, GEOMETRY_PARAMS, double softmax_scale, int64_t block_size,
                   int64_t segment_size, int64_t gqa, int64_t mode, int64_t order, int64_t seed,
                   int64_t method, int64_t stride, int64_t reduce, int64_t rule, double tau,
-                  int64_t isa, Tensor out, OptTensor lse, bool want_count, bool want_plan,
-                  Plan &plan) {
+                  int64_t isa, int64_t normalize, int64_t correction, Tensor out, OptTensor lse,
+                  bool want_count, bool want_plan, Plan &plan) {
     const Call call = to_call(q, GEOMETRY_ARGS);
     const Letters n(call, k, gqa, block_size, block_size);
     Exec exec(q, isa);
@@ -223,6 +227,8 @@ void prefill_into(Tensor q, Tensor k, Tensor v, OptTensor k_perm_in, OptTensor p
     p.reduce = to_enum<pbs_reduce>("reduce", reduce);
     p.rule = to_enum<pbs_rule>("rule", rule);
     p.tau = static_cast<float>(tau);
+    p.normalize = to_enum<pbs_normalize>("normalize", normalize);
+    p.correction = to_enum<pbs_correction>("correction", correction);
     p.out = to_view(call, "out", out, Layout::bnhd);
     if (lse) p.lse = to_lse_view(call, *lse);
     if (want_count) {
@@ -242,11 +248,11 @@ void prefill_out(Tensor q, Tensor k, Tensor v, OptTensor k_perm_in, OptTensor pe
                  OptTensor tau_heads, GEOMETRY_PARAMS, double softmax_scale, int64_t block_size,
                  int64_t segment_size, int64_t gqa, int64_t mode, int64_t order, int64_t seed,
                  int64_t method, int64_t stride, int64_t reduce, int64_t rule, double tau,
-                 int64_t isa, Tensor out, OptTensor lse) {
+                 int64_t isa, int64_t normalize, int64_t correction, Tensor out, OptTensor lse) {
     Plan plan;
     prefill_into(q, k, v, k_perm_in, permute_heads, tau_heads, GEOMETRY_ARGS, softmax_scale,
                  block_size, segment_size, gqa, mode, order, seed, method, stride, reduce, rule,
-                 tau, isa, out, lse, false, false, plan);
+                 tau, isa, normalize, correction, out, lse, false, false, plan);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>
@@ -254,13 +260,13 @@ prefill(Tensor q, Tensor k, Tensor v, OptTensor k_perm_in, OptTensor permute_hea
         OptTensor tau_heads, GEOMETRY_PARAMS, double softmax_scale, int64_t block_size,
         int64_t segment_size, int64_t gqa, int64_t mode, int64_t order, int64_t seed,
         int64_t method, int64_t stride, int64_t reduce, int64_t rule, double tau, bool return_lse,
-        bool return_plan, int64_t isa) {
+        bool return_plan, int64_t isa, int64_t normalize, int64_t correction) {
     auto [out, lse] = new_outputs(q, any_given({&q_start, &q_len, &kv_start, &kv_len}), return_lse);
     Plan plan;
     prefill_into(q, k, v, k_perm_in, permute_heads, tau_heads, GEOMETRY_ARGS, softmax_scale,
                  block_size, segment_size, gqa, mode, order, seed, method, stride, reduce, rule,
-                 tau, isa, out, return_lse ? OptTensor(lse) : std::nullopt, true, return_plan,
-                 plan);
+                 tau, isa, normalize, correction, out, return_lse ? OptTensor(lse) : std::nullopt,
+                 true, return_plan, plan);
     const auto or_empty = [&q](OptTensor &t) {
         return t ? *t : new_tensor(q, {0}, ScalarType::Int);
     };
@@ -280,6 +286,7 @@ using torch::stable::detail::StableLibrary;
     "float softmax_scale, int block_size, int segment_size, int gqa, int permute_mode, " \
     "int order, int seed, int method, int stride, int reduce, int rule, float tau, "
 
+/* What came later stands behind isa with a default: programs exported before still run. */
 void define(StableLibrary &m) {
     m.def("score(Tensor q, Tensor k, " GEOMETRY_SCHEMA
           "float softmax_scale, int block_size, int segment_size, int gqa, int order, int seed, "
@@ -287,19 +294,23 @@ void define(StableLibrary &m) {
     /* permute_mode, not mode: torch's own dispatch has a parameter of that name. */
     m.def("permute(Tensor q, Tensor k, Tensor v, Tensor? score, Tensor? k_perm_in, "
           "Tensor? permute_heads, " GEOMETRY_SCHEMA
-          "int block_size, int segment_size, int gqa, int permute_mode, bool pack, int isa=0) "
-          "-> (Tensor k_perm, Tensor q_perm, Tensor k_pool, Tensor v_pool, Tensor packed)");
+          "int block_size, int segment_size, int gqa, int permute_mode, bool pack, int isa=0, "
+          "int correction=0) -> (Tensor k_perm, Tensor q_perm, Tensor k_pool, Tensor v_pool, "
+          "Tensor packed)");
     m.def("select(Tensor q, Tensor k, Tensor? k_pool, Tensor? k_perm, Tensor? q_perm, "
           "Tensor? tau_heads, " GEOMETRY_SCHEMA
           "float softmax_scale, int block_size, int segment_size, int gqa, int permute_mode, "
-          "int method, int stride, int reduce, int rule, float tau, bool return_mass, int isa=0) "
-          "-> (Tensor bits, Tensor count, Tensor mass)");
-    m.def("attend(" ATTEND_SCHEMA "bool return_lse, int isa=0) -> (Tensor out, Tensor lse)");
-    m.def("attend_out(" ATTEND_SCHEMA "int isa=0, *, Tensor(a!) out, Tensor(b!)? lse=None) -> ()");
-    m.def("prefill(" PREFILL_SCHEMA "bool return_lse, bool return_plan, int isa=0) "
-          "-> (Tensor out, Tensor lse, Tensor count, Tensor bits, Tensor k_perm)");
-    m.def("prefill_out(" PREFILL_SCHEMA
-          "int isa=0, *, Tensor(a!) out, Tensor(b!)? lse=None) -> ()");
+          "int method, int stride, int reduce, int rule, float tau, bool return_mass, int isa=0, "
+          "int normalize=0) -> (Tensor bits, Tensor count, Tensor mass)");
+    m.def("attend(" ATTEND_SCHEMA "bool return_lse, int isa=0, int correction=0) "
+          "-> (Tensor out, Tensor lse)");
+    m.def("attend_out(" ATTEND_SCHEMA
+          "int isa=0, int correction=0, *, Tensor(a!) out, Tensor(b!)? lse=None) -> ()");
+    m.def("prefill(" PREFILL_SCHEMA "bool return_lse, bool return_plan, int isa=0, "
+          "int normalize=0, int correction=0) -> (Tensor out, Tensor lse, Tensor count, Tensor "
+          "bits, Tensor k_perm)");
+    m.def("prefill_out(" PREFILL_SCHEMA "int isa=0, int normalize=0, int correction=0, *, "
+          "Tensor(a!) out, Tensor(b!)? lse=None) -> ()");
 }
 
 #endif

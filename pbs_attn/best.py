@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which setting to take at which length: what the evidence says, and where it stands.
+
+A row holds for calls with up to max_kv keys; longer calls than the last row's take the last row,
+which is then a guess. Sources are files of this repository.
+"""
+
+from typing import NamedTuple
+
+from .config import PBSConfig
+
+
+class Row(NamedTuple):
+    max_kv: int  # keys of the longest calls that it holds for
+    config: PBSConfig
+    source: str  # file of the evidence
+
+
+def _peak(**fields):
+    return PBSConfig(
+        permute="identity",
+        select="antidiagonal",
+        reduce="max",
+        rule="absolute",
+        normalize="row",
+        correction="mean",
+        **fields,
+    )
+
+
+ROWS = (
+    Row(8192, _peak(stride=16, tau=0.01), "docs/peak.md"),
+)  # fmt: skip
+
+
+def place(seqlen):
+    """Index of the row for calls with `seqlen` keys; the last one beyond every max_kv."""
+    for index, row in enumerate(ROWS[:-1]):
+        if seqlen <= row.max_kv:
+            return index
+    return len(ROWS) - 1
+
+
+def config(seqlen):
+    """PBSConfig.best, which has the words and the checks."""
+    return ROWS[place(seqlen)].config

@@ -1,0 +1,363 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Properties of peak's parts (docs/peak.md): shares of the whole row, an absolute threshold, and a
+mean token for every dropped block; through the ops, on every instruction set that runs here."""
+
+import cases
+import pytest
+import torch
+from harness import (
+    ISAS,
+    check_attention,
+    check_prefill,
+    config_of,
+    four_verbs,
+    geometry_of,
+    sequences_of,
+    takes,
+)
+from numerics import assert_close, low_precision_attend, pack, unpack
+from test_attend import random_blocks
+
+from pbs_attn import ops, reference
+
+FP32, BF16 = torch.float32, torch.bfloat16
+EVERY_ISA = [(isa, FP32 if takes(isa, FP32) else BF16) for isa in ISAS]
+EVERY_ISA += [(isa, BF16) for isa in ISAS if takes(isa, FP32) and not isa.startswith("emu")]
+every_isa = pytest.mark.parametrize("isa, dtype", EVERY_ISA)
+HISTORY_OWNS = ("segment", "block", "mask", "none")
+PREFILL = {"return_lse": True, "return_plan": True}
+HISTORY = sum(m // 2 * 2 for m in range(9))  # blocks before the own segments, 1100 tokens
+
+
+def peak(**changes):
+    return config_of(**(cases.PEAK | changes))
+
+
+def case_of(name):
+    return next(case for case in cases.geometries() if case.name == name)
+
+
+def make_inputs(*args, **options):
+    """Small heads: an emulated vector unit takes its time."""
+    return cases.make_inputs(*args, head_dim=16, **options)
+
+
+def equal_keys(k):
+    """Each block's keys become its first one, with so few digits that their sum is exact."""
+    place = torch.arange(k.shape[2]) // 128 * 128
+    return k[:, :, place].bfloat16().to(k.dtype)
+
+
+MOVED = [case_of(name) for name in ("whole", "left_padding", "static_cache", "packed_chunks")]
+
+
+def attend(inputs, blocks, isa="auto", own="segment", correction="mean", **options):
+    num = options["geometry"].num_sequences(len(inputs[0])) if "geometry" in options else 1
+    bits = pack(blocks)[None].expand(num, -1, -1, -1).contiguous()
+    return ops.attend(
+        *inputs, bits, own=own, correction=correction, return_lse=True, isa=isa, **options
+    )
+
+
+def same(got, want):
+    return all(map(torch.equal, got, want))
+
+
+# ---- the threshold -------------------------------------------------------------------------------
+
+
+@every_isa
+@pytest.mark.parametrize("permute", ["none", "identity", "keys"])
+def test_eps_zero_is_dense(isa, dtype, permute):
+    case = case_of("left_padding")
+    inputs = make_inputs(91, (2, 1), case=case, dtype=dtype, nan_padding=True)
+    config = peak(tau=0.0, permute=permute)
+    got = ops.prefill(*inputs, config, geometry=geometry_of(case), isa=isa, **PREFILL)
+    for seq in sequences_of(*inputs, case):
+        exact = reference.attend(*(x.double() for x in seq[-3:]), own="all")
+        low = low_precision_attend(*seq[-3:], None, own="all")
+        for name, x, want, less in zip(("out", "lse"), got, exact, low, strict=False):
+            assert_close(x[seq.row, :, seq.rows], want, less, what=f"{permute} {isa} {name}")
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("permute, reduce", [("none", "max"), ("identity", "max"), ("keys", "sum")])
+def test_a_larger_eps_never_adds_a_block(isa, permute, reduce):
+    inputs = make_inputs(92, (2, 1), 1100)
+    counts, before = [], None
+    for eps in (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 2.0):
+        config = peak(tau=eps, permute=permute, reduce=reduce)
+        *_, count, bits, _ = ops.prefill(*inputs, config, isa=isa, **PREFILL)
+        assert before is None or (bits & ~before).sum() == 0
+        before = bits
+        counts.append(count.sum().item())
+    assert counts[0] == 2 * (sum(range(9)) if permute == "none" else HISTORY)
+    assert len(set(counts)) >= 4, counts
+    forced = (ops.prefill(*inputs, config, isa=isa, **PREFILL)[2] > 0).sum().item()
+    assert counts[-1] == forced, "a share above 1"
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("case", ["whole", "chunk_aligned", "left_padding"])
+def test_segments_of_one_block_are_natural_order(isa, case):
+    """Where rows start at a block, permute=none is the case of segments of one block: same bits."""
+    case = case_of(case)
+    inputs = make_inputs(93, (2, 1), case=case, nan_padding=True)
+    geometry = geometry_of(case)
+    one, other = (
+        four_verbs(*inputs, peak(segment_size=128, permute=permute), geometry, isa=isa)
+        for permute in ("identity", "none")
+    )
+    history = one.mass > 0
+    assert history.any() and (~history & (other.mass > 0)).any()
+    assert torch.equal(one.mass[history], other.mass[history])
+    for name in ("bits", "count", "out", "lse"):
+        assert torch.equal(getattr(one, name), getattr(other, name)), name
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_an_order_that_moves_nothing_changes_no_bit(isa):
+    for case in MOVED:
+        inputs = make_inputs(94, (2, 1), case=case, nan_padding=True)
+        options = {"geometry": geometry_of(case), "isa": isa, **PREFILL}
+        given = torch.arange(case.seqlen_k, dtype=torch.int32).repeat(case.batch, 2, 1)
+        natural = ops.prefill(*inputs, peak(), **options)
+        moved = ops.prefill(*inputs, peak(permute="keys"), k_perm_in=given, **options)
+        assert same(natural, moved), case.name
+
+
+# ---- the correction ------------------------------------------------------------------------------
+
+
+@every_isa
+@pytest.mark.parametrize("own", HISTORY_OWNS)
+def test_equal_keys_make_the_correction_exact(isa, dtype, own):
+    """A dropped block whose keys are equal gives what it would give if it were read, whatever its
+    values: the result is that of the same call with every such block listed."""
+    q, k, v = make_inputs(95, (2, 1), 1100, dtype=dtype)
+    dropped = torch.tensor([0, 1, 0, 1, 1, 0, 1, 0, 0], dtype=torch.bool)
+    k = torch.where(dropped[torch.arange(1100) // 128][:, None], equal_keys(k), k)
+    blocks = ~dropped.expand(2, 9, 9)
+    if own == "mask":  # what a row sees a part of is read or missing
+        blocks = blocks | torch.eye(9, dtype=torch.bool)
+    out, lse = attend((q, k, v), blocks, isa, own)
+    (seq,) = sequences_of(q, k, v)
+    full = torch.ones_like(blocks)
+    check_attention(out[0], lse[0], seq, full, own=own, what=f"{own} {isa} {dtype}")
+    plain, _ = attend((q, k, v), blocks, isa, own, correction="none")
+    assert (plain - out).abs().max() > 0.05
+
+
+@every_isa
+@pytest.mark.parametrize("permute", ["none", "keys", "both"])
+def test_equal_keys_make_every_order_exact(isa, dtype, permute):
+    """The whole call: blocks move in their segment, and what the rule drops is not missed."""
+    q, k, v = make_inputs(96, (4, 2), 1100, dtype=dtype)
+    k = equal_keys(k)
+    config = config_of(permute=permute, tau=0.4, correction="mean")
+    out, lse, count, _, k_perm = ops.prefill(q, k, v, config, isa=isa, **PREFILL)
+    assert count.sum() < 4 * 24
+    assert permute not in ("keys", "both") or (k_perm.diff() < 0).any()
+    (seq,) = sequences_of(q, k, v)
+    check_attention(out[0], None, seq, None, own="all", what=f"{permute} {isa} {dtype}")
+    exact = reference.attend(*(x.double() for x in seq[-3:]), own="all")[1]
+    low = low_precision_attend(*seq[-3:], None, own="all")[1]
+    biased = 1100 * 2.0**-24  # equal numbers added one after another round the same way
+    assert_close(lse[0], exact, low, what=f"{permute} {isa} {dtype} lse", noise=biased)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_a_mean_token_never_weighs_more_than_its_block(isa):
+    """exp of a mean is at most the mean of exp: lse lies between that without and that of all."""
+    inputs = make_inputs(97, (2, 1), 1100)
+    blocks = random_blocks(2, 1100, 1100, density=0.3)
+    without, some, every = (
+        attend(inputs, x, isa, correction=c)[1]
+        for x, c in ((blocks, "none"), (blocks, "mean"), (torch.ones_like(blocks), "none"))
+    )
+    assert (without <= some + 1e-5).all() and (some <= every + 1e-5).all()
+    assert (some - without)[..., 300:].max() > 0.1 and (every - some)[..., 300:].max() > 0.1
+
+
+@every_isa
+@pytest.mark.parametrize("own", HISTORY_OWNS)
+def test_an_empty_dropped_set_changes_no_bit(isa, dtype, own):
+    for case in MOVED:
+        inputs = make_inputs(98, (2, 1), case=case, dtype=dtype, nan_padding=True)
+        blocks = random_blocks(2, case.seqlen_q, case.seqlen_k, density=1.0)
+        none, mean = (
+            attend(inputs, blocks, isa, own, correction, geometry=geometry_of(case))
+            for correction in cases.CORRECTIONS
+        )
+        assert same(none, mean), case.name
+
+
+@every_isa
+@pytest.mark.parametrize("permute", ["none", "keys", "both"])
+def test_nothing_dropped_by_a_prefill_changes_no_bit(isa, dtype, permute):
+    inputs = make_inputs(99, (2, 1), 1100, dtype=dtype)
+    config = config_of(permute=permute, tau=1.0)
+    want = ops.prefill(*inputs, config, isa=isa, **PREFILL)
+    got = ops.prefill(*inputs, config.replace(correction="mean"), isa=isa, **PREFILL)
+    assert same(got, want)
+    config = config.replace(tau=0.3)
+    want = ops.prefill(*inputs, config, isa=isa, **PREFILL)
+    got = ops.prefill(*inputs, config.replace(correction="mean"), isa=isa, **PREFILL)
+    assert same(got[2:], want[2:]) and not torch.equal(got[0], want[0])
+
+
+def history_end(own, m, seqlen_q, seqlen_k):
+    """First key that is not of a whole block that all rows of query block m see."""
+    first = max(seqlen_k - seqlen_q + m * 128, 0)
+    return (first + 1) // 128 * 128 if own == "mask" else first // 256 * 256
+
+
+@every_isa
+@pytest.mark.parametrize("own", ["mask", "none"])
+def test_blocks_that_are_partly_visible_are_not_touched(isa, dtype, own):
+    """Whatever numbers stand in blocks behind the history of a query block and not listed, its rows
+    do not change by a bit. (Numbers: as in any masked tile, 0 times nan is nan.)"""
+    seqlen_q, seqlen_k = 397, 911
+    q, k, v = make_inputs(100, (2, 1), seqlen_q, seqlen_k, dtype=dtype)
+    blocks = random_blocks(2, seqlen_q, seqlen_k, density=0.3)
+    want = attend((q, k, v), blocks, isa, own)
+    for m in range(blocks.shape[1]):
+        end = history_end(own, m, seqlen_q, seqlen_k)
+        key = torch.arange(seqlen_k)
+        listed = blocks[:, m].any(0)[key // 128] & (own == "mask")
+        poisoned = ((key >= end) & ~listed)[:, None]
+        bad = [x.masked_fill(poisoned, 1e4) for x in (k, v)]
+        got = attend((q, *bad), blocks, isa, own)
+        rows = slice(m * 128, m * 128 + 128)
+        assert torch.equal(got[0][:, :, rows], want[0][:, :, rows]), f"{own} block {m}"
+        assert torch.equal(got[1][:, :, rows], want[1][:, :, rows]), f"{own} block {m} lse"
+
+
+@every_isa
+@pytest.mark.parametrize(
+    "words", [cases.PEAK, {"tau": 0.5, "correction": "mean"}], ids=["peak", "pbs"]
+)
+def test_padding_and_what_lies_beyond_a_sequence_are_not_touched(isa, dtype, words):
+    for case in MOVED:
+        options = {"geometry": geometry_of(case), "isa": isa, **PREFILL}
+        clean = make_inputs(101, (2, 1), case=case, dtype=dtype)
+        poisoned = make_inputs(101, (2, 1), case=case, dtype=dtype, nan_padding=True)
+        config = config_of(**words)
+        got, want = (ops.prefill(*x, config, **options) for x in (poisoned, clean))
+        assert same(got, want), case.name
+
+
+# ---- same bits -----------------------------------------------------------------------------------
+
+
+@every_isa
+@pytest.mark.parametrize(
+    "words", [cases.PEAK, {"tau": 0.5, "correction": "mean"}], ids=["peak", "pbs"]
+)
+def test_same_bits_on_every_run_for_any_threads_and_strides(isa, dtype, words):
+    config = config_of(**words)
+    inputs = make_inputs(102, (4, 2), 1100, dtype=dtype, batch=2)
+    first = ops.prefill(*inputs, config, isa=isa, **PREFILL)
+    threads = torch.get_num_threads()
+    try:
+        for num in (1, 2, 3, 3):
+            torch.set_num_threads(num)
+            again = ops.prefill(*inputs, config, isa=isa, **PREFILL)
+            assert same(first, again), f"{num} threads"
+    finally:
+        torch.set_num_threads(threads)
+    for layout in cases.LAYOUTS:
+        laid = make_inputs(102, (4, 2), 1100, dtype=dtype, batch=2, layout=layout)
+        assert same(first, ops.prefill(*laid, config, isa=isa, **PREFILL)), layout
+
+
+@every_isa
+def test_same_bits_at_any_place_in_a_batch(isa, dtype):
+    """Padded left or right, packed, behind a cache: what a call on the sequence alone gives."""
+    for case in (*MOVED, case_of("right_padding"), case_of("packed")):
+        inputs = make_inputs(103, (2, 1), case=case, dtype=dtype, nan_padding=True)
+        geometry = geometry_of(case)
+        out, lse, count, bits, _ = ops.prefill(
+            *inputs, peak(), geometry=geometry, isa=isa, **PREFILL
+        )
+        for seq in sequences_of(*inputs, case):
+            alone = ops.prefill(*(x[None] for x in seq[-3:]), peak(), isa=isa, **PREFILL)
+            tq, w = alone[2].shape[2], alone[3].shape[3]
+            got = (
+                out[seq.row, :, seq.rows], lse[seq.row, :, seq.rows], count[seq.index, :, :tq],
+                bits[seq.index, :, :tq, :w],
+            )  # fmt: skip
+            assert same(got, (x[0] for x in alone[:4])), case.name
+
+
+@every_isa
+@pytest.mark.parametrize("permute", ["none", "identity"])
+def test_chunks_are_the_whole(isa, dtype, permute):
+    """Natural order has no probe: chunks that start at a segment select what the whole selects."""
+    config, n = peak(permute=permute), 1100
+    q, k, v = make_inputs(104, (2, 1), n, dtype=dtype)
+    out, lse, count, bits, _ = ops.prefill(q, k, v, config, isa=isa, **PREFILL)
+    assert 0 < count.sum() < 2 * HISTORY
+    for begin, end in ((0, 512), (512, 768), (768, n)):
+        chunk = (q[:, :, begin:end], k[:, :, :end], v[:, :, :end])
+        got = ops.prefill(*chunk, config, isa=isa, **PREFILL)
+        blocks = slice(begin // 128, -(-end // 128))
+        want = (out[:, :, begin:end], lse[:, :, begin:end], count[:, :, blocks], bits[:, :, blocks])
+        assert same(got[:4], want), (begin, end)
+
+
+@every_isa
+@pytest.mark.parametrize("own", ["segment", "mask"])
+def test_chunks_of_the_same_selection_are_the_whole(isa, dtype, own):
+    q, k, v = make_inputs(105, (2, 1), 1100, dtype=dtype)
+    blocks = random_blocks(2, 1100, 1100, density=0.4)
+    out, lse = attend((q, k, v), blocks, isa, own)
+    for begin, end in ((0, 256), (256, 896), (896, 1100)):
+        rows = blocks[:, begin // 128 : -(-end // 128), : -(-end // 128)]
+        got = attend((q[:, :, begin:end], k[:, :, :end], v[:, :, :end]), rows, isa, own)
+        assert same(got, (out[:, :, begin:end], lse[:, :, begin:end])), (begin, end)
+
+
+@every_isa
+def test_group_heads(isa, dtype):
+    """Natural order has nothing that a group could share: per_head and group agree, and repeating
+    K/V heads changes nothing."""
+    q, k, v = make_inputs(106, (6, 2), 900, dtype=dtype)
+    want = ops.prefill(q, k, v, peak(), isa=isa, return_lse=True, return_plan=True)
+    grouped = ops.prefill(q, k, v, peak(gqa="group"), isa=isa, **PREFILL)
+    assert same(grouped[:4], want[:4])
+    repeated = [x.repeat_interleave(3, 1) for x in (k, v)]
+    assert same(ops.prefill(q, *repeated, peak(), isa=isa, **PREFILL), want)
+
+
+# ---- with the other parts ------------------------------------------------------------------------
+
+
+@every_isa
+@pytest.mark.parametrize("rule, tau", cases.RULES)
+def test_permuted_order_and_every_rule(isa, dtype, rule, tau):
+    """One more prefill against the reference over its own plan, on keys that are out of order."""
+    gqa = "group" if rule in ("prefix", "absolute") else "per_head"
+    config = peak(permute="keys", gqa=gqa, rule=rule, tau=tau)
+    inputs = make_inputs(107, (4, 2), 811, dtype=dtype)
+    heads = torch.tensor([1, 0], dtype=torch.int32)
+    heads = heads if gqa == "group" else heads.repeat(2)
+    out, lse, count, bits, k_perm = ops.prefill(
+        *inputs, config, isa=isa, permute_heads=heads, **PREFILL
+    )
+    assert 0 < count.sum() < unpack(bits, 7).numel()
+    check_prefill(out, lse, *inputs, bits, k_perm, config, what=f"{gqa} {rule} {isa}")
+
+
+@every_isa
+@pytest.mark.parametrize("permute", ["keys", "both"])
+def test_the_prefix_rule_with_the_correction(isa, dtype, permute):
+    """The paper's selection is as it was, and the result comes nearer to dense attention."""
+    inputs = make_inputs(108, (2, 1), 1100, dtype=dtype)
+    config = config_of(permute=permute, tau=0.4)
+    plain = ops.prefill(*inputs, config, isa=isa, **PREFILL)
+    mean = ops.prefill(*inputs, config.replace(correction="mean"), isa=isa, **PREFILL)
+    assert same(plain[2:], mean[2:])
+    dense, _ = reference.attend(*(x[0].double() for x in inputs), own="all")
+    lost, left = ((x[0][0].double() - dense).square().mean() for x in (plain, mean))
+    assert left < 0.9 * lost, (left, lost)
