@@ -23,6 +23,7 @@ from .selection import bits_to_mask
 MIN_ROWS = 2
 # Rows of q per SDPA call: bounds the mask and the scores at a slice of N x N.
 CHUNK = 1024
+CELLS = 2**24  # scores held at a time where torch computes the correction, all heads together
 # With other dtypes SDPA may hold all of N x N on a GPU.
 FLASH_DTYPES = (torch.float16, torch.bfloat16)
 
@@ -75,8 +76,23 @@ def _flash_aligns_right(q, k, v, grouped):
     return can_use_flash_attention(SDPAParams(q, k, v, None, 0.0, False, grouped))
 
 
-def selected(q, k, v, bits, num_k_blocks, geometry, softmax_scale, block_q, block_k, return_lse):
-    """Exact causal attention over a bitmask alone, [B, Hq or Hk, Tq, W]: (out, lse or None)."""
+def selected(
+    q,
+    k,
+    v,
+    bits,
+    num_k_blocks,
+    geometry,
+    softmax_scale,
+    block_q,
+    block_k,
+    return_lse,
+    correction="none",
+):
+    """Exact causal attention over a bitmask alone, [B, Hq or Hk, Tq, W]: (out, lse or None).
+
+    correction="mean" adds a token for every key block that all rows of the query block see and
+    that is not in the mask: its means in the dtype of k, its logit raised by ln(block_k)."""
     if kernel_lacks(q, k, v) is None and block_q in BLOCK_SIZES and block_k in BLOCK_SIZES:
         out, lse = ops.attend(
             q,
@@ -88,11 +104,14 @@ def selected(q, k, v, bits, num_k_blocks, geometry, softmax_scale, block_q, bloc
             block_q=block_q,
             block_k=block_k,
             own="mask",
+            correction=correction,
             return_lse=return_lse,
         )
         return out, lse if return_lse else None
     mask = bits_to_mask(bits, num_k_blocks)
     mask = mask.repeat_interleave(q.shape[1] // mask.shape[1], 1)
+    if correction == "mean":
+        return corrected(q, k, v, geometry, softmax_scale, return_lse, mask, block_q, block_k)
     return torch_attention(q, k, v, geometry, softmax_scale, return_lse, mask, block_q, block_k)
 
 
@@ -133,14 +152,66 @@ def torch_attention(
     return out.transpose(1, 2), lse
 
 
+def corrected(q, k, v, geometry, softmax_scale, return_lse, block_mask, block_q, block_k):
+    """`torch_attention` over block_mask with the mean correction, of whole sequences.
+
+    Strip by strip of rows: the means stand behind the keys as more of them. Scores, softmax and
+    its product are fp32 or wider."""
+    if not geometry.whole:
+        raise NotImplementedError(
+            "correction is 'mean' for padded or packed sequences that torch computes; allowed: "
+            "'none', or sequences that fill their rows"
+        )
+    (batch, num_heads, seqlen_q, head_dim), seqlen_k = q.shape, k.shape[2]
+    scale, wide = softmax_scale or head_dim**-0.5, _accumulate(q.dtype)
+    out = q.new_zeros(batch, seqlen_q, num_heads, v.shape[3])
+    lse = q.new_full((batch, num_heads, seqlen_q), -math.inf, dtype=wide)
+    seqs = sequences(geometry, batch, seqlen_q, seqlen_k, q.device)
+    dropped = _dropped(block_mask, seqlen_q, seqlen_k, block_q, block_k)
+    k, v = (_with_means(x, block_k).to(wide) for x in (k, v))
+    step = min(max(CELLS // max(batch * num_heads * k.shape[2], 1), 1), CHUNK)
+    for begin in range(0, seqlen_q, step):
+        rows = torch.arange(begin, min(begin + step, seqlen_q), device=q.device)
+        mask = selected_mask(seqs, batch, rows, seqlen_k, block_mask, block_q, block_k)
+        mask = torch.cat([mask, dropped[:, :, rows // block_q]], 3)
+        scores = _scores(q[:, :, begin : begin + step], k, scale)
+        scores[..., seqlen_k:] += math.log(block_k)
+        scores = scores.masked_fill_(~mask, -math.inf)
+        lse[:, :, begin : begin + step] = scores.logsumexp(3)
+        weight = scores.softmax(3).masked_fill_(~mask, 0.0)
+        out[:, begin : begin + step] = _by_key_head(weight, v).transpose(1, 2).to(out.dtype)
+    return out.transpose(1, 2), lse if return_lse else None
+
+
+def _dropped(block_mask, seqlen_q, seqlen_k, block_q, block_k):
+    """bool [B, H, Tq, whole key blocks]: those that all rows see and that are not in the mask."""
+    num_q, num_k = block_mask.shape[2], seqlen_k // block_k
+    first = torch.arange(num_q, device=block_mask.device) * block_q + seqlen_k - seqlen_q
+    history = (first + 1).clamp(min=0) // block_k
+    seen = torch.arange(num_k, device=block_mask.device) < history[:, None]
+    return seen & ~block_mask[..., :num_k]
+
+
+def _with_means(x, block_k):
+    """[B, H, N, D] -> [B, H, N + whole blocks, D]: the means of its blocks behind x, rounded."""
+    whole = x.shape[2] // block_k
+    means = x[:, :, : whole * block_k].unflatten(2, (whole, block_k))
+    return torch.cat([x, means.mean(3, dtype=_accumulate(x.dtype)).to(x.dtype)], 2)
+
+
 def _accumulate(dtype):
     return torch.promote_types(dtype, torch.float32)
 
 
 def _scores(q, k, scale):
     wide = _accumulate(q.dtype)
-    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
-    return scale * (q.to(wide) @ k.to(wide).transpose(2, 3))
+    return scale * _by_key_head(q.to(wide), k.to(wide).transpose(2, 3))
+
+
+def _by_key_head(x, y):
+    """x [B, Hq, R, n] times y [B, Hk, n, m] of its key head, which is not repeated."""
+    stacked = x.unflatten(1, (y.shape[1], -1)).flatten(2, 3)
+    return (stacked @ y).view(*x.shape[:3], y.shape[3])
 
 
 def _without_padding(x, seqs, batch):

@@ -109,6 +109,9 @@ def oracle(head, size, tau, mass, rule="prefix"):
     grid, chosen = Grid(head, size), {}
     for m in range(grid.num_q):
         kept = grid.own(m)
+        if rule == "absolute":
+            chosen[m] = kept | {n for n in range(grid.num_k) if mass[m, n] >= tau}
+            continue
         total = sum(mass[m, n] for n in range(grid.num_k))
         others = sorted(set(range(grid.num_k)) - kept, key=lambda n, m=m: (-mass[m, n], n))
         for place, n in enumerate(others):
@@ -274,6 +277,62 @@ def antidiagonal_mass(head, size, stride):
         for key, w in weight.items():
             mass[start // size][key // size] += w / sum(weight.values())
     return mass
+
+
+def peak(head, size, segment, stride, tau):
+    """The blocks of `peak`: history that one group of rows needs, block 0 and the own segments."""
+    (q, k, scale), grid = head, Grid(head, size)
+    product, chosen = q @ k.T, {}
+    for m, rows in enumerate(grid.rows):
+        own = max(grid.offset + rows[0], 0) // segment * segment  # first key of the own span
+        share = dict.fromkeys(range(own // size), 0.0)
+        for start in range(rows[0], rows[-1] + 1, stride):
+            group = range(start, min(start + stride, rows[-1] + 1))
+            weight = {}
+            for key in range(0, len(k), stride):
+                if key >= own and key > grid.offset + group[-1]:
+                    continue
+                pairs = [(start + stride - 1 - i, key + i) for i in range(stride)]
+                inside = [(i, j) for i, j in pairs if i in group and j < len(k)]
+                z = sum(float(product[i, j]) for i, j in inside)
+                weight[key] = math.exp(scale / stride * z)
+            for n in share:
+                here = sum(w for key, w in weight.items() if key // size == n)
+                share[n] = max(share[n], here / sum(weight.values()))
+        kept = {n for n, x in share.items() if x >= tau or n == 0}
+        chosen[m] = kept | set(range(own // size, grid.num_k))
+    return grid.mask(chosen)
+
+
+def attend(head, v, mask, block_q, block_k, correction="none", own=None, dtype=torch.float64):
+    """(out [Nq, Dv], lse [Nq]) over mask [Tq][Tk], row by row and block by block.
+
+    own: f(m), first key of the span that a correction leaves alone; default: what not all rows of
+    the query block see. dtype: what the means are rounded to."""
+    q, k, scale = head
+    whole = range(len(k) // block_k)
+    means = [
+        [part(x, range(n * block_k, (n + 1) * block_k)).mean(0).to(dtype).double() for n in whole]
+        for x in (k, v)
+    ]
+    out, lse = torch.zeros(len(q), v.shape[1], dtype=torch.float64), []
+    for i, row in enumerate(q):
+        m = i // block_q
+        seen = range(min(max(head.offset + i + 1, 0), len(k)))
+        keys = [j for j in seen if mask[m][j // block_k]]
+        history = head.offset + m * block_q + 1 if own is None else own(m)
+        gone = [n for n in whole if (n + 1) * block_k <= history and not mask[m][n]]
+        gone = gone if correction == "mean" else []
+        logit = (scale * (k[keys] @ row)).tolist()
+        logit += [scale * float(means[0][n] @ row) + math.log(block_k) for n in gone]
+        value = [v[keys], *(means[1][n][None] for n in gone)]
+        if not logit:
+            lse.append(-math.inf)
+            continue
+        weight = torch.tensor([math.exp(z - max(logit)) for z in logit], dtype=torch.float64)
+        lse.append(max(logit) + math.log(weight.sum()))
+        out[i] = weight @ torch.cat(value) / weight.sum()
+    return out, torch.tensor(lse, dtype=torch.float64)
 
 
 def density(mask, head, size, pair=128):

@@ -83,6 +83,7 @@ def test_oracle(shape):
         for rule, tau in (
             *(("prefix", tau) for tau in (0.0, 0.5, 0.9, 0.99)),
             *(("budget", count) for count in (0, 1, 2.5, 99)),
+            *(("absolute", tau) for tau in (0.0, 0.02, 0.3, 2.0)),
         ):
             exact = [
                 brute.oracle(head, size, tau, mass, rule)
@@ -217,6 +218,7 @@ SPARSE = [
     "oracle:tau=0.6",
     "oracle:tau=0.6,reduce=max,block=64",
     "oracle:rule=budget,tau=1",
+    "oracle:rule=absolute,reduce=max,tau=0.3",
     "flashprefill:alpha=0.5,sink=0,window=1,last=0",
     "flashprefill:alpha=0.5,sink=0,window=64,last=0,gqa=group,block=64",
     "flexprefill:gamma=0.5,tau=0,min_budget=1",
@@ -292,6 +294,7 @@ MONOTONE = [  # (text, parameter, values), every value keeps at least what the o
     ("oracle", "tau", [0.0, 0.2, 0.5, 0.9, 0.99, 1.0, 2.0]),
     ("oracle:reduce=max", "tau", [0.0, 0.2, 0.5, 0.9, 0.99, 1.0]),
     ("oracle:rule=budget", "tau", [0, 1, 2, 5, 100]),
+    ("oracle:rule=absolute,reduce=max", "tau", [2.0, 0.9, 0.3, 0.1, 0.02, 0.0]),
     ("flashprefill:sink=0,window=1,last=0", "alpha", [2.0, 1.0, 0.5, 0.1, 0.01, 0.0]),
     ("flashprefill:alpha=0.5", "window", [1, 64, 300, 1000]),
     ("flashprefill:alpha=0.5", "last", [0, 1, 64, 65, 2000]),
@@ -323,7 +326,7 @@ REFUSED = [
     ("oracle:rule=relative", "rule"),
     ("flashprefill:alpha=-1", "alpha"), ("flashprefill:sink=-1", "sink"),
     ("flashprefill:window=0", "window"), ("flashprefill:last=-1", "last"),
-    ("flashprefill:gqa=shared", "gqa"), ("flashprefill:correction=mean", "correction"),
+    ("flashprefill:gqa=shared", "gqa"), ("flashprefill:correction=max", "correction"),
     ("flexprefill:gamma=-0.1", "gamma"), ("flexprefill:tau=inf", "tau"),
     ("flexprefill:min_budget=0", "min_budget"), ("flexprefill:max_budget=4", "max_budget"),
     ("meanpool:recipe=authors,tau=-1", "tau"), ("meanpool:recipe=theirs", "recipe"),

@@ -22,6 +22,7 @@ KEEP_ALL = [
     *(f"{text.partition(':')[0]}:{methods.get(text).KEEP_ALL}" for text in ALL[:3]),
     "oracle:tau=1,reduce=max,block=64",
     "oracle:rule=budget,tau=1000",
+    "oracle:rule=absolute,tau=0",
     "flashprefill:alpha=0",
     "flashprefill:alpha=0,sink=0,window=1,last=0,gqa=group,block=64",
     "flexprefill:gamma=1",

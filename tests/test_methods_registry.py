@@ -14,7 +14,7 @@ from pbs_attn import PBSConfig, config, methods
 from pbs_attn.methods import base, kernels
 
 NEEDS_FILE = ("bsfa",)  # no defaults: thresholds=FILE
-KERNELS = ("pbs", "pbs+", "identity", "meanpool", "xattention")
+KERNELS = ("pbs", "pbs+", "identity", "meanpool", "xattention", "peak")
 PLAIN = [name for name in methods.METHODS if name not in NEEDS_FILE]
 
 
@@ -122,8 +122,8 @@ def test_methods_describe_themselves(name):
     for text in (cls.ABOUT, cls.SOURCE, cls.DENSITY):
         assert text and "\n" not in text
     if cls.kind in ("kernel", "block", "token"):
-        assert cls.KEEP_ALL
-        assert {"min_q", "min_kv", "strict"} < set(cls.parameters())
+        assert cls.KEEP_ALL or name == "best", "which has nothing to set"
+        assert {"min_q", "min_kv", "strict"} <= set(cls.parameters())
 
 
 @pytest.mark.parametrize("name", PLAIN)
@@ -257,9 +257,10 @@ def test_thresholds_that_do_not_fit_the_call(tmp_path):
 
 
 def parameters(cls):
-    """Parameters with their defaults, as the page has them; routing is every method's."""
-    values = {k: v for k, v in cls.parameters().items() if k not in base.ROUTING}
-    if cls.kind != "kernel":
+    """Parameters with their defaults, as the page has them; not what all of a kind share."""
+    shared = (*base.ROUTING, "correction") if cls.kind == "block" else base.ROUTING
+    values = {k: v for k, v in cls.parameters().items() if k not in shared}
+    if not issubclass(cls, kernels.KernelMethod):
         return ", ".join(f"{name}={value}" for name, value in values.items()) or "none"
     own = [f"{k}={v}" for k, v in values.items() if v != getattr(kernels.KernelMethod, k)]
     return ", ".join(["[config](#kernel-methods)", *own])
@@ -267,11 +268,11 @@ def parameters(cls):
 
 def rows():
     """{text: the row of the page's table}."""
-    found = {}
+    found, settled = {}, {"stock": "is", "dense": "is", "kernel": "cannot"}
     everything = [methods.find(name) for name in methods.METHODS]
     for cls in [*everything, *(methods.find(*each) for each in methods.RECIPES)]:
         text = f"{cls.NAME}:recipe={cls.RECIPE}" if cls.RECIPE else cls.NAME
-        keep = f"`{cls.KEEP_ALL}`" if cls.KEEP_ALL else "is"
+        keep = f"`{cls.KEEP_ALL}`" if cls.KEEP_ALL else settled[cls.kind]
         cells = (f"`{text}`", cls.kind, cls.ABOUT, parameters(cls), keep, cls.DENSITY, cls.SOURCE)
         found[text] = "| " + " | ".join(cells) + " |"
     return found

@@ -14,7 +14,7 @@ from pbs_attn import PBSConfig, attend, env, methods, pbs_attention, reference, 
 from pbs_attn import record as recording
 from pbs_attn.methods import base
 
-KERNELS = ("pbs", "pbs+", "identity", "meanpool", "xattention")
+KERNELS = ("pbs", "pbs+", "identity", "meanpool", "xattention", "peak")
 ALL_LENGTHS = ",min_q=0,min_kv=0"
 GEOMETRIES = pytest.mark.parametrize("case", cases.geometries(), ids=lambda case: case.name)
 
@@ -219,12 +219,12 @@ def test_keeping_everything_is_full(name, block):
 
 
 def test_every_method_can_keep_everything():
-    """At the setting that it names itself; only bsfa needs a file for it and has its own test."""
+    """At the setting that it names itself; best has none, bsfa needs a file and its own test."""
     inputs = cases.make_inputs(39, (4, 2), 400)
     for name in methods.METHODS:
         cls = methods.find(name)
         if not cls.KEEP_ALL or "FILE" in cls.KEEP_ALL:
-            assert name in ("sdpa", "full", "bsfa")
+            assert name in ("sdpa", "full", "bsfa", "best")
             continue
         with recording() as calls:
             out = pbs_attention(*inputs, config=f"{name}:{cls.KEEP_ALL}" + ALL_LENGTHS)

@@ -20,6 +20,8 @@ METHODS = {
     "identity": "kernels:Identity",
     "meanpool": "kernels:MeanPool",
     "xattention": "kernels:XAttention",
+    "peak": "kernels:Peak",
+    "best": "kernels:Best",
     "streaming": "streaming:Streaming",
     "oracle": "oracle:Oracle",
     "flashprefill": "flashprefill:FlashPrefill",
@@ -33,7 +35,7 @@ RECIPES = {
     ("meanpool", "authors"): "authors:MeanPool",
     ("xattention", "authors"): "authors:XAttention",
 }
-ALIASES = {"block": "block_size", "segment": "segment_size"}
+ALIASES = {"block": "block_size", "segment": "segment_size", "eps": "tau"}
 
 __all__ = [
     "METHODS",

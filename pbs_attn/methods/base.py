@@ -257,12 +257,22 @@ class Method:
 class BlockMethod(Method):
     """A selection of blocks that our own `attend` runs exactly.
 
-    block_q and block_k are 64, 128 or 256: class attributes, properties or fields."""
+    block_q and block_k are 64, 128 or 256: class attributes, properties or fields.
+
+    correction  none, or mean: every key block that all rows of a query block see whole and that is
+                not selected stands as one token, its mean key and mean value, the logit raised by
+                ln(block_k); means are rounded to the dtype of k. Not counted in the density."""
 
     kind: ClassVar[str] = "block"
     DENSITY: ClassVar[str] = "computed causal blocks"
+    CORRECTIONS: ClassVar[tuple] = ("none", "mean")
     block_q: ClassVar[int] = PAIR
     block_k: ClassVar[int] = PAIR
+
+    correction: str = "none"
+
+    def check(self):
+        self.check_choice("correction", self.CORRECTIONS)
 
     def blocks(self, call):
         """bool [Hq or Hk, Tq, Tk]: blocks to compute, the own span included as the method defines;
@@ -329,6 +339,7 @@ def run_call(method, call, return_lse=False):
         method.block_q,
         method.block_k,
         return_lse,
+        method.correction,
     )
     return out[0], lse[0] if return_lse else None, pairs
 

@@ -33,6 +33,7 @@ class SquareBlocks(BlockMethod):
         return self.block_size
 
     def check(self):
+        super().check()
         self.check_choice("block_size", BLOCK_SIZES)
 
 

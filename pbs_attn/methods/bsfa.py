@@ -113,6 +113,7 @@ def _read(path, _changed, k):
 class BSFA(BlockMethod):
     """k           blocks before the diagonal that the thresholds were calibrated to keep
     thresholds  the file; needed
+    correction  none: what is dropped has its exact logits already, means of them add nothing
 
     Raises ValueError where the file is missing, is of another method or lacks k, and at the call
     where it is of another model."""
@@ -121,6 +122,7 @@ class BSFA(BlockMethod):
     ABOUT: ClassVar[str] = "true block maxima against calibrated thresholds; needs thresholds=FILE"
     SOURCE: ClassVar[str] = "BSFA, arXiv 2512.07011, code c3ee81e"
     FILES: ClassVar[tuple] = ("thresholds",)
+    CORRECTIONS: ClassVar[tuple] = ("none",)
     KEEP_ALL: ClassVar[str] = "thresholds=FILE with null everywhere"
     DENSITY: ClassVar[str] = "(1 + kept) / 2: Q K^T of all blocks, P V of the kept ones"
     block_q: ClassVar[int] = BLOCK_Q
@@ -130,6 +132,7 @@ class BSFA(BlockMethod):
     thresholds: str | None = None
 
     def check(self):
+        super().check()
         self.check_int("k", 1)
         if not isinstance(self.thresholds, str) or not self.thresholds:
             self.fail("thresholds", f"a file made by `{CALIBRATE}`")

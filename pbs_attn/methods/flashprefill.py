@@ -22,7 +22,7 @@ from .blockmath import (
 
 @dataclass(frozen=True, kw_only=True)
 class FlashPrefill(SquareBlocks):
-    """FlashPrefill V2 (arXiv 2608.19758, code 0f8e791), its selection without mean correction.
+    """FlashPrefill V2 (arXiv 2608.19758, code 0f8e791), its selection and mean correction.
 
     For query block I and the key blocks J that lie wholly before or at its last row,
 
@@ -44,7 +44,9 @@ class FlashPrefill(SquareBlocks):
     sink, window, last
                tokens; V2's example has 2 and 4 blocks and 8 packed tiles, which are 256 positions
                at 4 heads a group
-    correction none. V2's mean surrogate of what is not selected is not part of this method yet.
+    correction none, or mean as in V2: a block that is not selected and that a whole tile sees is
+               one token of its mean key and value, its logit raised by ln(block_size). Here a tile
+               is a query block, and means are rounded to the dtype of k.
     """
 
     NAME: ClassVar[str] = "flashprefill"
@@ -57,7 +59,6 @@ class FlashPrefill(SquareBlocks):
     window: int = 512
     last: int = 256
     gqa: str = "per_head"
-    correction: str = "none"
 
     def check(self):
         super().check()
@@ -66,7 +67,6 @@ class FlashPrefill(SquareBlocks):
         self.check_int("window", 1)
         self.check_int("last", 0)
         self.check_choice("gqa", ("per_head", "group"))
-        self.check_choice("correction", ("none",))
 
     def blocks(self, call):
         """bool [Hq, Tq, Tk], or [Hk, Tq, Tk] with gqa=group."""

@@ -13,8 +13,9 @@ from typing import ClassVar, NamedTuple
 
 import torch
 
+from .. import best
 from ..config import PBSConfig
-from .base import Method
+from .base import ROUTING, Method
 
 
 class _Dense(Method):
@@ -47,15 +48,30 @@ class Full(_Dense):
 
 
 @dataclass(frozen=True, kw_only=True)
-class KernelMethod(Method):
+class _Kernel(Method):
+    """What our kernels run whole."""
+
+    kind: ClassVar[str] = "kernel"
+    DENSITY: ClassVar[str] = "selected causal blocks, the own span included"
+    thresholds: ClassVar[str | None] = None
+
+    def config_at(self, seqlen_k):
+        """The PBSConfig of a call whose longest sequence has seqlen_k keys."""
+        raise NotImplementedError
+
+    def tau_heads(self, layer, num_heads, device):
+        """fp32 [num_heads]: tau per query head; None where the config has the one of all."""
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelMethod(_Kernel):
     """A PBSConfig under a name; PBSConfig explains the fields.
 
     thresholds: JSON file of tau per [layer][query head], in place of `tau`; for xattention
     `eval calibrate` makes one."""
 
-    kind: ClassVar[str] = "kernel"
     KEEP_ALL: ClassVar[str] = "tau=1"
-    DENSITY: ClassVar[str] = "selected causal blocks, the own span included"
     FILES: ClassVar[tuple] = ("thresholds",)
     OWN: ClassVar[tuple] = ()  # fields that make the method itself: no base config changes them
 
@@ -69,6 +85,8 @@ class KernelMethod(Method):
     stride: int = 8
     reduce: str = "sum"
     rule: str = "prefix"
+    normalize: str = "history"
+    correction: str = "none"
     seed: int = 0
     thresholds: str | None = None
 
@@ -87,6 +105,10 @@ class KernelMethod(Method):
     def config(self):
         """The PBSConfig that the kernels take; thresholds are not in it."""
         return PBSConfig(**{name: getattr(self, name) for name in _CONFIG_NAMES})
+
+    def config_at(self, seqlen_k):
+        """The config, whatever the length."""
+        return self.config
 
     @classmethod
     def from_base(cls, base):
@@ -189,3 +211,43 @@ class XAttention(KernelMethod):
     OWN: ClassVar[tuple] = ("permute", "select")
     permute: str = "none"
     select: str = "antidiagonal"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peak(KernelMethod):
+    NAME: ClassVar[str] = "peak"
+    ABOUT: ClassVar[str] = "blocks that one row group needs, means for the others; natural order"
+    SOURCE: ClassVar[str] = "ours; docs/peak.md"
+    KEEP_ALL: ClassVar[str] = "tau=0"
+    OWN: ClassVar[tuple] = (
+        "permute", "select", "reduce", "stride", "rule", "tau", "normalize", "correction",
+    )  # fmt: skip
+    tau: float = 0.01
+    permute: str = "identity"
+    select: str = "antidiagonal"
+    stride: int = 16
+    reduce: str = "max"
+    rule: str = "absolute"
+    normalize: str = "row"
+    correction: str = "mean"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Best(_Kernel):
+    """The setting that the evidence supports for a call's number of keys: PBSConfig.best.
+
+    Its config is looked up for every call, by the longest sequence in it; best.ROWS has the rows
+    and their sources. Calls longer than what was measured take the last row."""
+
+    NAME: ClassVar[str] = "best"
+    ABOUT: ClassVar[str] = "the recommended setting for the length of each call"
+    SOURCE: ClassVar[str] = "pbs_attn/best.py names the file of evidence of each length"
+
+    def check(self):
+        routing = {name: getattr(self, name) for name in ROUTING}
+        configs = tuple(row.config.replace(**routing) for row in best.ROWS)
+        object.__setattr__(self, "_configs", configs)  # made once: calls, and graphs, only look up
+
+    def config_at(self, seqlen_k):
+        """The config of the row that holds seqlen_k keys; of the last row above all."""
+        return self._configs[best.place(seqlen_k)]

@@ -23,6 +23,8 @@ class Oracle(SquareBlocks):
     rule   prefix: own blocks first, then others by falling mass until tau of the table's row is
            kept: the fewest blocks that hold the own ones and reach tau; tau >= 1 keeps all.
            budget: own blocks and the ceil(tau) heaviest others.
+           absolute: own blocks and those whose entry of the table is tau or more; tau = 0 keeps
+           all. With reduce=max it is the bound of `peak`: what its scores estimate, exactly.
     tau    share, >= 0, or with rule=budget a number of blocks
     Own blocks are those that hold the position of a row; equal masses go by block index.
     """
@@ -40,13 +42,15 @@ class Oracle(SquareBlocks):
         super().check()
         self.check_number("tau")
         self.check_choice("reduce", ("mean", "max"))
-        self.check_choice("rule", ("prefix", "budget"))
+        self.check_choice("rule", ("prefix", "budget", "absolute"))
 
     def blocks(self, call):
         """bool [Hq, Tq, Tk]."""
         mass = true_mass(call, self.block_size, self.reduce)
         causal = causal_blocks(call, self.block_size, self.block_size)
         own = own_blocks(call, self.block_size, self.block_size)
+        if self.rule == "absolute":
+            return (causal & (mass >= self.tau)) | own
         if self.rule == "budget":
             others = mass.masked_fill(own, -1.0)
             count = torch.tensor(math.ceil(self.tau), device=mass.device)
