@@ -37,7 +37,7 @@ help: ## this list
 	@echo "  PBS_BUILD_CUDA=0 builds no CUDA library, PBS_CUDA_ARCHS=80 one for a single target: quick."
 
 demo: build $(VENV)/.demo ## a real model on a real text, dense and sparse side by side
-	$(OFFLINE) $(PY) -m pbs_attn run $(DEMO_ARGS)
+	$(OFFLINE) $(PY) -m pbs_attn run --equal-loss 1% $(DEMO_ARGS)
 
 eval-demo: build $(VENV)/.eval ## every method beside dense on SmolLM2: loss, needles, TTFT, report; 40 minutes
 	$(OFFLINE) PYTHON=$(PY) tools/eval_demo $(EVAL_OUT)

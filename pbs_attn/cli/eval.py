@@ -14,6 +14,9 @@ A bench is one line in BENCHES and one module pbs_attn/eval/<bench>.py, imported
     prompt(tokens, job, args) -> (ids, info)      optional, for --dry-run
     describe(job, record) -> text                 optional, for --show
     running(records) -> text                      optional, for the progress line
+    begin(args) -> exit status or None            optional, before anything is loaded; a status is
+                                                  the end of the command
+    finish(args)                                  optional, at the end of a start, stopped or whole
 
 or, if it is one job and no rows (calibrate), add_arguments and main(args) -> exit status.
 """
@@ -34,6 +37,7 @@ BENCHES = {
     "longbench2": "LongBench v2: 503 four-choice questions",
     "ruler": "RULER: needles, variables, words and questions at 4K to 128K",
     "ppl": "loss of every token of a text, by position, paired with dense",
+    "frontier": "loss against density and time, every method over its thresholds, drawn",
     "agreement": "greedy agreement with dense, divergence of next tokens, copied tokens",
     "ttft": "time to first token, with density and agreement beside it",
     "calibrate": "measure the thresholds that a method needs",
@@ -281,6 +285,8 @@ def run(bench, args, words):
     from ..eval.ranks import Ranks
     from ..eval.session import Tokens, seed_all
 
+    if hasattr(bench, "begin") and (status := bench.begin(args)) is not None:
+        return status
     ranks = Ranks(args.tp)
     methods = chosen_methods(args)
     if args.gpus:
@@ -300,7 +306,7 @@ def run(bench, args, words):
     )  # fmt: skip
     if args.out is None:
         slug = re.sub(r"[^A-Za-z0-9.]+", "-", Path(args.model).name).strip("-").lower()
-        args.out = str(Path("pbs-eval") / f"{bench.NAME}-{slug}")
+        args.out = str(Path("pbs-eval") / f"{words[0]}-{slug}")
     with interruptible():
         plan = bench.prepare(args, tokens)
         if only_write:
@@ -312,4 +318,7 @@ def run(bench, args, words):
         launch = Launch(bench, args, methods, tokens, plan, jobs,
                         path=path, config=config, ranks=ranks,
                         command="python -m pbs_attn eval " + shlex.join(words))  # fmt: skip
-        return launch.spread(["eval", *gpus.without(words)]) if args.gpus else launch.go()
+        status = launch.spread(["eval", *gpus.without(words)]) if args.gpus else launch.go()
+        if hasattr(bench, "finish") and ranks.first and not args.part:
+            bench.finish(args)
+        return status

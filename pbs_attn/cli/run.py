@@ -10,12 +10,12 @@ import platform
 import shlex
 import sys
 import tempfile
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 
 from ..eval.attention import using
-from . import measure, methods, models
+from . import CommandError, equal_loss, measure, methods, models
 
 EXAMPLES = """\
 examples:
@@ -23,6 +23,9 @@ examples:
       SmolLM2-135M on 8,000 tokens of Newton's Opticks
   python -m pbs_attn run --model ~/models/Llama-3.1-8B --text book.txt --length 32k --dtype bfloat16
   python -m pbs_attn run --method full,pbs:tau=0.8,segment_size=512,identity --json result.json
+  python -m pbs_attn run --equal-loss 1%
+      beside those: pbs, peak and best at the first setting, from sparse to dense, whose perplexity
+      is at most 1% above that of dense
 
 methods:
 """
@@ -35,6 +38,8 @@ next token is the one of the first dense method. copied: tokens whose trigram wa
 than 512 tokens before; sparse attention hurts these first. Ctrl-C keeps the finished methods."""
 
 DENSE_KINDS = ("stock", "dense")
+METHODS = "sdpa,full,identity,pbs"
+METHODS_EQUAL = "sdpa,full,identity:tau=0.9,pbs:tau=0.9,pbs,peak,best"
 
 
 @dataclass
@@ -54,13 +59,19 @@ class Row:
     copied_delta: float | None = None
     tokens: list = field(default_factory=list)
     continuation: str = ""
+    tried: list = field(default_factory=list)  # with --equal-loss: [setting, loss_delta] before it
+    within: bool | None = None  # the budget; None without one
 
 
 def add_arguments(parser):
     parser.epilog = EXAMPLES
     models.add_model_arguments(parser)
-    parser.add_argument("--method", default="sdpa,full,identity,pbs", metavar="LIST",
-                        help="comma-separated (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--method", metavar="LIST", help="comma-separated (default: "
+                        f"{METHODS}; with --equal-loss: {METHODS_EQUAL})")  # fmt: skip
+    parser.add_argument("--equal-loss", metavar="PERCENT",
+                        help="of each method whose threshold is not said, run the settings of a "
+                             "short ladder, from sparse to dense, until its perplexity is within "
+                             "PERCENT, such as 1%%, of dense")  # fmt: skip
     parser.add_argument("--length", default="8000", help="tokens, e.g. 8000 or 8k (= 8192)")
     parser.add_argument("--new-tokens", type=int, default=10, help="greedy tokens (default 10)")
     parser.add_argument("--repeat", type=int, default=1, help="prefills; the fastest counts")
@@ -134,6 +145,21 @@ def measure_method(model, tokenizer, ids, method, args, progress):
     return row, losses, best
 
 
+def measure_within(settings, budget, measure_row, progress):
+    """The first Row of `settings`, from sparse to dense, whose loss is within `budget` nats of
+    dense; the last if none is. measure_row(setting) gives the Row of one."""
+    tried = []
+    for setting in settings:
+        row = replace(measure_row(setting), tried=list(tried))
+        row.within = row.loss_delta <= budget
+        change = f"perplexity {equal_loss.percent(row.loss_delta)}"
+        progress.say(f"{row.method}: {change}, {'within' if row.within else 'over'} the budget")
+        if row.within:
+            break
+        tried.append([row.method, row.loss_delta])
+    return row
+
+
 def compare(row, best, base_row, base_best):
     """Fill in what is relative to the first dense method."""
     row.same_next = float((best == base_best).double().mean())
@@ -156,6 +182,7 @@ def table(rows):
     head = ["method", "TTFT", "attention", "density", "calls", "same next", "loss", "copied"]
     lines = [head]
     for row in rows:
+        name = row.method + {None: "", True: " (within)", False: " (over)"}[row.within]
         loss, copied = f"{row.loss:.4f}", "-"
         if row.copied_loss is not None:
             copied = f"{row.copied_loss:.3f}"
@@ -164,13 +191,27 @@ def table(rows):
             copied += "" if row.copied_delta is None else f" {row.copied_delta:+.3f}"
         same = "-" if row.same_next is None else f"{row.same_next:.2%}"
         lines.append(
-            [row.method, f"{row.ttft_s:.2f} s", f"{row.attention_s:.2f} s", f"{row.density:.1%}",
+            [name, f"{row.ttft_s:.2f} s", f"{row.attention_s:.2f} s", f"{row.density:.1%}",
              _routes(row), same, loss, copied]
         )  # fmt: skip
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     text = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) for line in lines]
     text.insert(1, "  ".join("-" * w for w in widths))
     return "\n".join(line.rstrip() for line in text)
+
+
+def budget_note(text, rows):
+    """What the rows of --equal-loss are, and what was tried before them."""
+    found = [row for row in rows if row.within is not None]
+    shown = ", ".join(row.method for row in found if row.within) or "none"
+    lines = [f"At equal loss, the first setting from sparse to dense whose perplexity is at most "
+             f"{text} above dense: {shown}."]  # fmt: skip
+    over = [each for row in found for each in row.tried]
+    over += [(row.method, row.loss_delta) for row in found if not row.within]
+    if over:
+        tried = ", ".join(f"{name} {equal_loss.percent(delta)}" for name, delta in over)
+        lines.append(f"Over it: {tried}.")
+    return "\n".join(lines)
 
 
 def write_json(path, value, indent=1):
@@ -200,7 +241,8 @@ def cpu_name():
 
 def main(args):
     base = methods.base_config(args)
-    chosen = methods.parse(args.method, base)
+    chosen = methods.parse(args.method or (METHODS_EQUAL if args.equal_loss else METHODS), base)
+    budget = chosen_budget(args, chosen)
     length = models.parse_length(args.length)
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -235,18 +277,46 @@ def main(args):
     print(f"machine  {cpu_name()}, {torch.get_num_threads()} threads, "
           f"kernels {kernels}, torch {torch.__version__}")  # fmt: skip
     sys.stdout.flush()
-    return _measure_all(model, tokenizer, ids, chosen, args, progress, document)
+    if budget is not None:
+        document["equal_loss"] = args.equal_loss
+    return _measure_all(model, tokenizer, ids, chosen, args, progress, document, budget)
 
 
-def _measure_all(model, tokenizer, ids, chosen, args, progress, document):
-    rows, base, status = [], None, 0
+def chosen_budget(args, chosen):
+    """Nats of --equal-loss, None without it; CommandError where there is no dense to compare to."""
+    if args.equal_loss is None:
+        return None
+    dense = next((i for i, method in enumerate(chosen) if method.kind in DENSE_KINDS), len(chosen))
+    if dense > 0:
+        raise CommandError(f"--method begins with {chosen[0].label}; allowed with --equal-loss: a "
+                           "dense one first, full or sdpa")  # fmt: skip
+    return equal_loss.parse_budget(args.equal_loss, "--equal-loss")
+
+
+def _measure_all(model, tokenizer, ids, chosen, args, progress, document, budget):
+    rows, base, status, known = [], None, 0, {}
+
+    def measure_row(method):
+        nonlocal base
+        row, _, best = measure_method(model, tokenizer, ids, method, args, progress)
+        if base is None and method.kind in DENSE_KINDS:
+            base = (row, best)
+        elif base is not None:
+            compare(row, best, *base)
+        known[method] = row
+        return row
+
+    def measure_once(method):  # a ladder may come by a setting that has a row of its own
+        return replace(known.get(method) or measure_row(method), method=method.label)
+
     try:
         for method in chosen:
-            row, _, best = measure_method(model, tokenizer, ids, method, args, progress)
-            if base is None and method.kind in DENSE_KINDS:
-                base = (row, best)
-            elif base is not None:
-                compare(row, best, *base)
+            dense = method.kind in DENSE_KINDS
+            settings = [] if budget is None or dense else equal_loss.ladder(method)
+            if settings:
+                row = measure_within(settings, budget, measure_once, progress)
+            else:
+                row = measure_row(method)
             rows.append(row)
             document["rows"] = [asdict(row) for row in rows]
             if args.json:
@@ -260,6 +330,8 @@ def _measure_all(model, tokenizer, ids, chosen, args, progress, document):
             print(f"\n{table(rows)}\n")
             print(f"copied: {copied} of {ids.shape[1] - 1:,} tokens. "
                   "loss and copied: nats per token, then the change.")  # fmt: skip
+            if budget is not None:
+                print(budget_note(args.equal_loss, rows))
             width = max(len(row.method) for row in rows)
             for row in rows:
                 print(f"{row.method:<{width}}  {row.continuation!r}")

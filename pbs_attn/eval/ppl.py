@@ -33,8 +33,10 @@ def add_arguments(parser):
 
 def add_text_arguments(parser, lengths, windows):
     """--text, --lengths, --start, --windows: also agreement's."""
-    parser.add_argument("--text", nargs="+", metavar="FILE", help="UTF-8 texts; demo: Newton's "
-                        "Queries, shipped with the package (default)")  # fmt: skip
+    parser.add_argument("--text", nargs="+", metavar="FILE", help="UTF-8 texts; FILE.jsonl#ROW: "
+                        "the field context of a row (a number from 0, or its _id), also in "
+                        "DATA.zip/FILE.jsonl; demo: Newton's Queries, shipped with the package "
+                        "(default)")  # fmt: skip
     parser.add_argument("--lengths", default=lengths, metavar="LIST",
                         help="tokens: 2k,3000 or 8k..64k, which doubles (%(default)s)")  # fmt: skip
     parser.add_argument("--start", type=int, default=0, metavar="N",

@@ -233,7 +233,7 @@ def read(opened, name, schema_of):
 # Where the files are
 
 
-class _Files:
+class Files:
     """The readable files of a place: {stem: name}, and how to open them."""
 
     def __init__(self, where):
@@ -326,7 +326,7 @@ def longbench(where, tasks, known, suffix=""):
     tasks (told apart by `dataset`), or "hub". tasks: those wanted; known: all there are.
     Raises CommandError naming the tasks that are there if one is missing.
     """
-    files = _Files(hub("LongBench") if where == "hub" else where)
+    files = Files(hub("LongBench") if where == "hub" else where)
     there = [task for task in known if task + suffix in files.names]
     if not there and files.single:
         return _mixed(files, where, tasks, known, suffix)
@@ -383,7 +383,7 @@ def _mixed(files, where, tasks, known, suffix):
 def longbench2(where, extra=None):
     """The Table of LongBench v2: data.json, a .jsonl or .parquet file, a folder or zip with one of
     them, or "hub". extra: fields beyond V2 that rows must have."""
-    files = _Files(hub("LongBench v2") if where == "hub" else where)
+    files = Files(hub("LongBench v2") if where == "hub" else where)
     schema = {**V2, **(extra or {})}
     if not files.names:
         raise CommandError(f"--data {where} has no {' or '.join(SUFFIXES)} file")

@@ -8,12 +8,13 @@ from typing import NamedTuple
 import torch
 
 from ..cli import CommandError, models
+from . import sources
 
 
 class Text(NamedTuple):
     name: str  # short, unique among the texts of a command
     path: str  # "" for the shipped text
-    sha256: str  # of its UTF-8 bytes
+    sha256: str  # of the text in UTF-8, so a row and a plain file with the same text agree
     text: str
 
 
@@ -21,15 +22,20 @@ DEMO = "demo"  # what a command line calls the text that the package ships
 
 
 def load(paths):
-    """The texts of `paths` (UTF-8 files, "demo", "-"); without any, what the package ships.
+    """The texts of `paths` (UTF-8 files, "demo", "-", FILE.jsonl#ROW); without any, what the
+    package ships.
 
     Raises CommandError for a file that cannot be read, is empty, or is given twice.
     """
     found = []
     for path in paths or [DEMO]:
         shipped = path == DEMO
-        _, text = models.read_text(None if shipped else str(path))
-        name = "opticks" if shipped else Path(path).stem.strip("-") or "stdin"
+        file, row = split_row(path)
+        if row is not None:
+            text, name = read_row(path, file, row), f"{Path(file).stem}-{row}"
+        else:
+            _, text = models.read_text(None if shipped else str(path))
+            name = "opticks" if shipped else Path(path).stem.strip("-") or "stdin"
         digest = hashlib.sha256(text.encode()).hexdigest()
         if any(digest == other.sha256 for other in found):
             raise CommandError(f"--text {path}: the same text is given twice")
@@ -38,6 +44,46 @@ def load(paths):
             name += "+"
         found.append(Text(name, "" if shipped else str(path), digest, text))
     return found
+
+
+def split_row(path):
+    """(FILE, ROW) of FILE.jsonl#ROW, (path, None) of anything else.
+
+    FILE ends as benchmark data does, .jsonl, .json or .parquet; a file that exists under the whole
+    name is that file.
+    """
+    file, mark, row = str(path).rpartition("#")
+    if not mark or Path(file).suffix not in sources.SUFFIXES or Path(str(path)).is_file():
+        return path, None
+    return file, row
+
+
+def read_row(path, file, row):
+    """The field `context` of a row of benchmark data, its line ends as in a text file.
+
+    file: .jsonl, .json or .parquet, or DATA.zip/MEMBER.jsonl; row: its number, the first is 0, or
+    its _id. Raises CommandError that names file, row and field.
+    """
+    zipped, inside, member = file.partition(".zip/")
+    where, stem = (zipped + ".zip", Path(member).stem) if inside else (file, Path(file).stem)
+    try:
+        files = sources.Files(where)
+        if stem not in files.names:
+            raise CommandError(f"--data {where} has no {stem}; it has {', '.join(files.names)}")
+        with files.open(stem) as (opened, name):
+            schema = {"context": sources.V1["context"]}
+            rows = sources.read(opened, name, lambda row: schema).rows
+    except CommandError as error:
+        raise CommandError(f"--text {path}:{str(error).removeprefix('--data')}") from error
+    number = int(row) if row.isascii() and row.isdigit() else len(rows)
+    found = rows[number] if number < len(rows) else next((r for r in rows if r.id == row), None)
+    if found is None:
+        raise CommandError(
+            f"--text {path}: {file} has no row {row!r}; allowed: 0 to {len(rows) - 1}, or an _id"
+        )
+    if found.error:
+        raise CommandError(f"--text {path}: row {row}: {found.error}")
+    return found.data["context"].replace("\r\n", "\n").replace("\r", "\n")
 
 
 def parse_lengths(text):

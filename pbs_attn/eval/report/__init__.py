@@ -8,6 +8,7 @@
     plots.py     the pictures
     paper.py     the paper's own numbers, in columns of their own
     document.py  report.md, CSV files, pictures
+    frontier_*   the same three steps for the pictures of `eval frontier`
 
 Two rules hold everywhere. A row that failed or is missing counts as zero and the word INCOMPLETE
 stands beside its mean. A difference is called one only where its interval excludes zero.

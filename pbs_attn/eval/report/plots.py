@@ -14,14 +14,15 @@ from . import load, stats, task_tables, titles, token_tables
 COLOURS = {
     "full": "#000000", "pbs": "#0072B2", "pbs+": "#56B4E9", "identity": "#CC79A7",
     "meanpool": "#D55E00", "xattention": "#009E73", "flexprefill": "#E69F00",
-    "minference": "#8C6D1F", "oracle": "#7F7F7F",
+    "minference": "#8C6D1F", "oracle": "#7F7F7F", "peak": "#882255", "flashprefill": "#332288",
 }  # fmt: skip
 MARKERS = {
     "full": "D", "pbs": "o", "pbs+": "P", "identity": "s", "meanpool": "v", "xattention": "^",
-    "flexprefill": "<", "minference": ">", "oracle": "*",
+    "flexprefill": "<", "minference": ">", "oracle": "*", "peak": "X",
+    "flashprefill": "h",
 }  # fmt: skip
-SPARE = ("#882255", "#44AA99", "#332288", "#999933", "#AA4499", "#661100")
-SPARE_MARKERS = ("X", "h", "p", "d", "8", "H")
+SPARE = ("#44AA99", "#999933", "#AA4499", "#661100")
+SPARE_MARKERS = ("p", "d", "8", "H")
 STYLE = {
     "font.size": 11, "axes.titlesize": 11, "axes.spines.top": False, "axes.spines.right": False,
     "axes.grid": True, "grid.color": "#e4e4e4", "axes.axisbelow": True, "figure.dpi": 130,
@@ -31,7 +32,7 @@ WIDTH = 7.5  # inches: 975 pixels
 
 
 @contextlib.contextmanager
-def figure(path, rows=1, columns=1, height=4.2, **options):
+def figure(path, rows=1, columns=1, height=4.2, width=WIDTH, **options):
     """(figure, axes) drawn without a screen, written to `path` at the end."""
     import matplotlib
 
@@ -40,7 +41,7 @@ def figure(path, rows=1, columns=1, height=4.2, **options):
 
     with pyplot.rc_context(STYLE):
         fig, axes = pyplot.subplots(
-            rows, columns, figsize=(WIDTH, height), layout="constrained", squeeze=False, **options
+            rows, columns, figsize=(width, height), layout="constrained", squeeze=False, **options
         )
         try:
             yield fig, axes
