@@ -39,6 +39,8 @@ class Row:
     bytes: int = 0  # that cannot be avoided; 0 = no GB/s
     dense: bool = False  # a dense kernel, so one of those that the best is chosen of
     threads: int = 0  # CPU: other than all; `call` sets them itself
+    flops: float = 0.0  # over those of dense attention, for what is no attention itself
+    beyond: str = ""  # the row whose time is taken off first
     extra: dict | Callable[[], dict] = field(default_factory=dict)  # called after the last sample
 
 
@@ -143,6 +145,8 @@ def where(args, about: dict, verb: str) -> Path | None:
     of = f"-d{args.head_dim}" if hasattr(args, "head_dim") else ""
     if getattr(args, "capture", None):
         of = "-" + Path(args.capture.partition(",")[0]).stem
+    how = getattr(args, "method", "pbs")
+    of += "" if how == "pbs" else "-" + "".join(c if c.isalnum() else "-" for c in how)
     name = f"{verb}{of}" + ("-quick" if args.quick else "")
     return machine.ROOT / "benchmarks" / "results" / machine.slug(about) / f"{name}.json"
 
@@ -225,9 +229,10 @@ def entry(work, dtype: str, rows: list[Row], taken: dict) -> dict:
     results = [
         table.summarise(row, taken[row.name], work.shape, block, threads[row.name]) for row in rows
     ]
-    about = asdict(work.shape) | {"dtype": dtype, "isa": work.isa}
+    about = asdict(work.shape) | {"dtype": dtype, "isa": work.isa, "method": work.args.method}
     title = f"{work.shape}   {work.isa}"
     table.compare(results, "dense")
+    table.compare_flops(rows, results)
     if work.device.kind == "cpu":
         table.compare(results, "sdpa")
         table.compare_threads(rows, results)

@@ -34,6 +34,7 @@ MORE = """\
 PREFILL = """\
   python -m benchmarks.prefill --capture smollm2 --lengths 8k --save-capture qkv.safetensors
   python -m benchmarks.prefill --capture qkv.safetensors --lengths 4k
+  python -m benchmarks.prefill --method peak --lengths 2k,4k,8k,16k,32k --dtypes fp32
   python -m benchmarks.prefill --break-even --samples 5
   python -m benchmarks.prefill --threads 1,2 --lengths 4k,8k,16k,32k,64k --heads 1 --heads-k 1
   python -m benchmarks.prefill --lengths 128k --heads 1 --heads-k 1 --max-dense 32k
@@ -53,6 +54,13 @@ def thread_counts(text: str) -> list[int]:
     if min(counts) < 1:
         raise SystemExit(f"--threads {text}: numbers of at least 1, separated by commas")
     return counts
+
+
+def strides(text: str, block: int) -> list[int]:
+    steps = [int(part) if part.isdigit() else 0 for part in text.split(",")]
+    if min(steps) < 1 or any(block % step for step in steps):
+        raise SystemExit(f"--strides {text}: divisors of --block-size {block}, with commas between")
+    return steps
 
 
 def parser(verb: str) -> argparse.ArgumentParser:
@@ -75,10 +83,14 @@ def parser(verb: str) -> argparse.ArgumentParser:
     p.add_argument("--head-dim", type=int, default=128)
     p.add_argument("--heads", type=int, help=both("heads"))
     p.add_argument("--heads-k", type=int, help=both("heads_k"))
-    p.add_argument("--tau", type=float, default=0.9)
+    kinds = "a kernel method: pbs, peak, xattention:stride=16 (%(default)s)"
+    p.add_argument("--method", default="pbs", metavar="TEXT", help=kinds)
+    p.add_argument("--tau", type=float, help="in place of the method's own")
     p.add_argument("--block-size", type=int, default=128)
     p.add_argument("--segment-size", type=int, default=256)
     several = "of the CPU; 1,2: also attend on 1 thread, for the speed-up (here: %(default)s)"
+    steps = "of the antidiagonal rows, for methods that choose so (%(default)s)"
+    p.add_argument("--strides", default="8,16,32,64", help=steps)
     p.add_argument("--threads", default=str(torch.get_num_threads()), metavar="N[,M]", help=several)
     p.add_argument("--max-dense", metavar="LENGTH", help="CPU: no dense and sdpa rows above this")
     clocks = "CPU: wall, or this process's CPU time: one thread, for a machine that does other work"
@@ -128,6 +140,7 @@ def parse(verb: str, arguments=None) -> argparse.Namespace:
     args.threads = max(args.thread_list)
     if len(args.thread_list) > 1 and (kind != "cpu" or verb not in ("attend", "prefill")):
         raise SystemExit("--threads N,M: attend and prefill on a CPU only")
+    args.stride_list = strides(args.strides, args.block_size)
     if args.samples < 1:
         raise SystemExit(f"--samples {args.samples}: at least 1")
     if args.max_dense is not None:

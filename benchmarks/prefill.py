@@ -7,7 +7,7 @@ The headline benchmark; benchmarks/README.md says how to read its table.
 import sys
 
 import pbs_attn
-from benchmarks import attend, baselines, flex, harness, permute, score, select, steps
+from benchmarks import attend, baselines, flex, harness, overhead, permute, score, select, steps
 from benchmarks.harness import Row
 
 
@@ -18,6 +18,7 @@ def rows(work) -> list[Row]:
         call(work, memory(work)),
         *(row for verb in (score, permute, select, attend) for row in verb.rows(work)),
         *attend.forced(work),
+        *overhead.rows(work),
         *baselines.rows(work),
         *flex.rows(work),
     ]
@@ -30,6 +31,7 @@ def on_cpu(work) -> list[Row]:
         call(work, lambda: held | steps.of_method(taken, calls)),
         *steps.forced(work, taken),
         *(row for verb in (score, permute, select, attend) for row in verb.rows(work)),
+        *overhead.rows(work),
         *steps.fewer_threads(work),
         *baselines.rows(work),
     ]

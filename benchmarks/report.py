@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""python -m benchmarks.report [--write]: the tables of README.md, docs/cpu-kernel.md, docs/cuda.md.
+"""python -m benchmarks.report [--write]: tables of README.md and docs/{cpu-kernel,cuda,peak}.md.
 
 Made from benchmarks/results/*/{prefill,block}*.json, so that no number stands there without its
 machine, command and commit; a --quick file counts only where there is no full one. --write replaces
@@ -33,6 +33,10 @@ def reports(root: Path = ROOT, pattern: str = "prefill-*.json") -> list[dict]:
 
 def on_gpu(report: dict) -> bool:
     return "gpu" in report["banner"]
+
+
+def method_of(report: dict) -> str:
+    return report["options"].get("method", "pbs").partition(":")[0]
 
 
 def machine_of(report: dict) -> str:
@@ -149,6 +153,19 @@ def long(report: dict) -> list[str]:
     return [*markdown(head, cells), "", *judged(report)]
 
 
+def costs(report: dict) -> list[str]:
+    """What choosing and correcting cost beside their FLOPs; then where the time of a call goes."""
+    head = ["dtype", "tokens", "step", "ms", "of dense attention", "of its FLOPs", "time / FLOPs"]
+    cells = []
+    for shape in report["shapes"]:
+        for row in (row for row in shape["rows"] if "over_flops" in row):
+            noisy = NOISY if row["flops_flagged_used"] else ""
+            made = [row["row"], number(row, "ms", ".1f"), f"{row['of_dense']:.2%}{noisy}"]
+            made += [f"{row['flop_share']:.2%}", f"{row['over_flops']:.2f}{noisy}"]
+            cells.append([shape["dtype"], str(shape["length"]), *made])
+    return [*markdown(head, cells), "", *(long_gpu if on_gpu(report) else long)(report)]
+
+
 def kernel_steps(report: dict) -> list[str]:
     rows = (row for shape in report["shapes"] for row in shape["rows"])
     return list(next(row["shares"] for row in rows if "shares" in row))
@@ -240,13 +257,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument("--write", action="store_true", help="into README.md and docs")
     args = parser.parse_args()
-    found = reports()
+    every = reports()
+    found = [report for report in every if method_of(report) == "pbs"]
+    peak = [report for report in every if method_of(report) == "peak"]
     gpu = [report for report in found if on_gpu(report)]
     cpu = [report for report in found if not on_gpu(report)]
     pages = {"README.md": section(found, short, "")}
     single = section(reports(pattern="block*.json"), blocks, "../")
     pages["docs/cpu-kernel.md"] = "\n\n".join(filter(None, [single, section(cpu, long, "../")]))
     pages["docs/cuda.md"] = section(gpu, long_gpu, "../")
+    pages["docs/peak.md"] = section(peak, costs, "../")
     for name, text in pages.items():
         if not text:
             continue

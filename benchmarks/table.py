@@ -80,6 +80,29 @@ def compare(results: list[dict], baseline: str, label: str = "") -> None:
             result[f"vs_{label or baseline}"] = statistics.median(ratios)
 
 
+def compare_flops(rows: list, results: list[dict]) -> None:
+    """To rows with FLOPs beside dense attention's: `of_dense`, time over dense's, the median of
+    per-round ratios; `flop_share`; `over_flops`, the first over the second."""
+    by_name = {r["row"]: r for r in results}
+    for row in (row for row in rows if row.flops and {"dense", row.name} <= by_name.keys()):
+        names = [row.name, "dense", *filter(None, [row.beyond])]
+        if row.beyond and row.beyond not in by_name:
+            continue
+        rounds = list(zip(*(by_name[name]["samples"] for name in names), strict=False))
+        clean = [taken for taken in rounds if not any(s["flagged"] for s in taken)]
+        used = clean if len(clean) >= min(3, len(rounds)) else rounds
+        # the time of `beyond`, if there is one, taken off
+        of_dense = [(s["ms"] - sum(x["ms"] for x in off)) / d["ms"] for s, d, *off in used]
+        if of_dense:
+            share = statistics.median(of_dense)
+            by_name[row.name] |= {
+                "of_dense": share,
+                "flop_share": row.flops,
+                "over_flops": share / row.flops,
+                "flops_flagged_used": used is not clean,
+            }
+
+
 def compare_threads(rows: list, results: list[dict]) -> None:
     """`vs_threads`: {"1": speed-up over that row's number of threads, "1 of probe": that over the
     probe's own}, by the names "attend" and "attend, 1 thread". A share of the probe is taken of a
@@ -138,7 +161,8 @@ def cpu_table(title: str, probes: dict[str, float], results: list[dict], failure
             + _cell(r.get("vs_dense"), 8, ".2f")
             + f"  {_flagged(r)}"
         )
-    notes = [*steps_lines(results), *threads_lines(results), *failure_lines(failures)]
+    notes = [*steps_lines(results), *flops_lines(results), *threads_lines(results)]
+    notes += failure_lines(failures)
     return "\n".join([*lines, *notes, *memory_lines(results)])
 
 
@@ -156,6 +180,16 @@ def steps_lines(results: list[dict]) -> list[str]:
         cells += f"{r['rescales_per_row_panel']:>20.5f}{r['busy_spread']:>15.3f}"
         lines.append(f"  {r['row']:<{NAME}}{cells}")
     return lines
+
+
+def flops_lines(results: list[dict]) -> list[str]:
+    """Of steps that are no attention: their time beside their share of dense attention's FLOPs."""
+    lines = [f"  {'share of dense':<{NAME}}{'time':>9}{'FLOPs':>9}{'time/FLOPs':>12}"]
+    for r in (r for r in results if "over_flops" in r):
+        noisy = "  (noisy)" if r["flops_flagged_used"] else ""
+        shares = f"{r['of_dense']:>9.2%}{r['flop_share']:>9.2%}{r['over_flops']:>12.2f}"
+        lines.append(f"  {r['row']:<{NAME}}{shares}{noisy}")
+    return lines if len(lines) > 1 else []
 
 
 def threads_lines(results: list[dict]) -> list[str]:
@@ -191,7 +225,8 @@ def gpu_table(
             + _cell(r.get("vs_dense"), 9, ".2f")
             + f"  {_flagged(r)}"
         )
-    return "\n".join([*lines, *failure_lines(failures), *memory_lines(results)])
+    notes = [*flops_lines(results), *failure_lines(failures), *memory_lines(results)]
+    return "\n".join([*lines, *notes])
 
 
 def failure_lines(failures: dict) -> list[str]:

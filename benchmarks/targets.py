@@ -3,7 +3,7 @@
 
 Fractions are of the machine's own peak in the same run, multiples are of torch's SDPA on the same
 threads and dtype. `must` is the line between done and not done, `good` what a prototype reached.
-The whole-call rows are about head_dim 128.
+The whole-call rows are about head_dim 128 and the method `pbs`.
 """
 
 from __future__ import annotations
@@ -36,6 +36,9 @@ SPARSE = {
 }
 OVERHEAD = {(32 * K, 40): (0.08, 0.05)}  # at most: everything but attend, of the whole call
 PERMUTE_OVER_COPY = (1.3, 1.1)  # at most: pack + permute + pool over a copy of as many bytes
+# At most: time of choosing by antidiagonals, and with the correction, over dense attention, as a
+# multiple of its share of the FLOPs. {length: {stride: (must, good)}}
+OVER_FLOPS = {8 * K: {16: (1.5, None)}}
 THREADS = (0.95, None)  # speed-up of attend over the probe's own
 GROWTH = (0.15, None)  # at most: of attend's time per block over the probe, 4K to 64K
 
@@ -77,8 +80,8 @@ def block(isa: str, head_dim: int) -> tuple[float, float] | None:
 
 def of_shape(shape: dict) -> list[Check]:
     """A shape of benchmarks.prefill on a CPU, as its report has it."""
-    if shape["head_dim"] != 128:
-        return [*_threads(shape)]
+    if shape["head_dim"] != 128 or shape.get("method", "pbs") != "pbs":
+        return [*over_flops(shape), *_threads(shape)]
     isa, length = shape["isa"], shape["length"]
     rows = {row["row"]: row for row in shape["rows"]}
     made = []
@@ -96,6 +99,21 @@ def of_shape(shape: dict) -> list[Check]:
         if at == length:
             add(f"overhead at {share}%", f"prefill {share}%", "overhead", goal, True)
     return [*made, *_threads(shape)]
+
+
+def over_flops(shape: dict) -> Iterator[Check]:
+    """Of a shape of any device: benchmarks/overhead.py has the rows."""
+    timed = {row["row"]: row for row in shape["rows"] if row.get("over_flops") is not None}
+    means = [row for name, row in timed.items() if name.endswith(" means")]
+    for stride, goal in OVER_FLOPS.get(shape["length"], {}).items():
+        row = timed.get(f"antidiagonal {stride}")
+        for what, parts in (("", []), (" and the means", means)):
+            if row and (parts or not what):
+                of = [row, *parts]
+                value = sum(r["of_dense"] for r in of) / sum(r["flop_share"] for r in of)
+                noisy = any(r["flops_flagged_used"] for r in of)
+                what = f"antidiagonal {stride}{what} over its share of FLOPs"
+                yield Check(what, value, *goal, at_most=True, noisy=noisy)
 
 
 def _threads(shape: dict) -> Iterator[Check]:

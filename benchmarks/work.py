@@ -10,7 +10,7 @@ import torch
 from benchmarks import inputs, options
 from pbs_attn import PBSConfig, _load, ops
 from pbs_attn import geometry as geo
-from pbs_attn.selection import mask_to_bits
+from pbs_attn.selection import PERMUTES_QUERIES, mask_to_bits, own_of
 
 
 class Work:
@@ -20,9 +20,7 @@ class Work:
 
     def __init__(self, shape: inputs.Shape, args, device, seqlen_q: int | None = None):
         self.args, self.device, self.failures = args, device, {}
-        self.config = PBSConfig(
-            block_size=args.block_size, segment_size=args.segment_size, tau=args.tau
-        )
+        self.config = config_of(args)
         if args.capture:
             from benchmarks.capture import capture
 
@@ -41,7 +39,7 @@ class Work:
             "block_size": self.config.block_size,
             "segment_size": self.config.segment_size,
         }
-        self.s = self.score()
+        self.s = self.score() if self.config.permute == "keys" else None
         self.k_perm, _, self.k_pool, _, self.packed = self.permute()
         self.bits, self.count, _ = self.select()
         blocks = self.blocks()
@@ -51,12 +49,17 @@ class Work:
         # one per query block and head: half of what a diagonal block computes is masked
         self.diagonal = self.count.numel()
 
+    @property
+    def own(self) -> str:
+        return own_of(self.config.permute)
+
     def _isa(self) -> str:
         """Which kernels a call takes. The CUDA library has one set, so it is not asked."""
         ask = getattr(_load.of(self.q.device), "isa", None)
         return ask(str(self.shape.dtype).removeprefix("torch.")) if ask else "sm80"
 
-    def blocks(self, own: str = "segment"):
+    def blocks(self, own: str | None = None):
+        own = own or self.own
         n, size = self.seqlen_q, self.config.block_size
         seqs = geo.sequences(geo.Geometry(), 1, n, self.shape.length, self.q.device)
         return geo.blocks(seqs, -(-n // size), size, size, self.config.segment_size, own)
@@ -65,31 +68,56 @@ class Work:
         return ops.score(self.q, self.k, **self.sizes)
 
     def permute(self):
-        return ops.permute(self.q, self.k, self.v, self.s, **self.sizes)
-
-    def select(self):
-        return ops.select(
-            self.q, self.k, self.k_pool, k_perm=self.k_perm, tau=self.config.tau, **self.sizes
+        mode, correction = self.config.permute, self.config.correction
+        return ops.permute(
+            self.q, self.k, self.v, self.s, mode=mode, correction=correction, **self.sizes
         )
 
-    def attend(self):
+    def select(self, stride: int | None = None):
+        c = self.config
+        return ops.select(
+            self.q,
+            self.k,
+            self.k_pool,
+            k_perm=self.k_perm if c.permute == "keys" else None,
+            mode=c.permute,
+            method=c.select,
+            stride=stride or c.stride,
+            reduce=c.reduce,
+            rule=c.rule,
+            normalize=c.normalize,
+            tau=c.tau,
+            **self.sizes,
+        )
+
+    def attend(self, bits=None, correction: str | None = None):
+        """Over the blocks chosen, or over `bits`, with the method's correction or another."""
         size, segment = self.config.block_size, self.config.segment_size
         return ops.attend(
             self.q,
             self.k,
             self.v,
-            self.bits,
+            self.bits if bits is None else bits,
             packed=self.packed,
             block_q=size,
             block_k=size,
             segment_size=segment,
+            own=self.own,
+            correction=correction or self.config.correction,
         )
 
     def attend_bits(self, bits):
         """Given history bits on natural order: K/V are packed inside the call."""
         size, segment = self.config.block_size, self.config.segment_size
         return ops.attend(
-            self.q, self.k, self.v, bits, block_q=size, block_k=size, segment_size=segment
+            self.q,
+            self.k,
+            self.v,
+            bits,
+            block_q=size,
+            block_k=size,
+            segment_size=segment,
+            own=self.own,
         )
 
     def dense(self):
@@ -102,7 +130,8 @@ class Work:
     def forced(self, share: float):
         """(bits, blocks computed, density) of random history blocks at a density."""
         size, segment = self.config.block_size, self.config.segment_size
-        keep = inputs.mask_of_density(self.shape, share, size, segment, self.device.torch_device)
+        step = segment if self.own == "segment" else size
+        keep = inputs.mask_of_density(self.shape, share, size, step, self.device.torch_device)
         count = keep.sum(-1)
         selected, computed, _ = geo.selected_blocks(count, self.blocks())
         # head by head: the conversion takes 8 bytes a block
@@ -123,6 +152,19 @@ class Work:
 
     def copy_bytes(self) -> int:
         return 2 * nbytes(self.k, self.v)
+
+
+def config_of(args) -> PBSConfig:
+    """Of --method, with the sizes of the command line; PBSConfig refuses what does not go."""
+    sizes = {"block_size": args.block_size, "segment_size": args.segment_size}
+    try:
+        config = PBSConfig.from_method(args.method).replace(**sizes)
+        config = config if args.tau is None else config.replace(tau=args.tau)
+    except (TypeError, ValueError) as error:
+        raise SystemExit(f"--method {args.method}: {error}") from error
+    if config.permute in PERMUTES_QUERIES:
+        raise SystemExit(f"--method {args.method}: queries in their order are needed")
+    return config
 
 
 def nbytes(*tensors) -> int:

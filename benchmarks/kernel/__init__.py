@@ -20,9 +20,11 @@ from pathlib import Path
 import torch
 
 from benchmarks.machine import ROOT
+from pbs_attn.selection import PERMUTES_QUERIES, enum_id
 
 DTYPES = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
 STEPS = ("score", "permute", "select", "attend")
+OPTIONS = ("select", "stride", "reduce", "rule", "normalize", "correction")
 COPY, PACK, PACK_PERMUTED, PERMUTE = range(4)  # bench_pack_run's `what`
 
 
@@ -35,6 +37,7 @@ class Call(ctypes.Structure):
         *((name, c_void_p) for name in ("q", "k", "v", "out", "parallel_for")),
         *((name, c_int32) for name in ("heads", "heads_k", "seqlen", "head_dim", "dtype", "isa")),
         *((name, c_int32) for name in ("block_size", "segment_size", "threads")),
+        *((name, c_int32) for name in ("mode", *OPTIONS)),
         ("tau", c_float),
     ]
 
@@ -97,6 +100,10 @@ def takes(isa: str, dtype: torch.dtype) -> bool:
     return bool(library().bench_takes(isa_id(isa), DTYPES[dtype]))
 
 
+def option(name: str, value) -> int:
+    return value if isinstance(value, int) else enum_id(name, value)
+
+
 def _made(pointer) -> int:
     if not pointer:
         raise RuntimeError(library().pbs_last_error().decode() or "no memory")
@@ -156,6 +163,8 @@ class Steps:
     q (1, Hq, N, D), k and v (1, Hk, N, D), contiguous."""
 
     def __init__(self, q, k, v, config, isa: str, threads: int):
+        if config.permute in PERMUTES_QUERIES:
+            raise ValueError(f"permute is {config.permute}; queries in their order are needed")
         if not all(x.is_contiguous() for x in (q, k, v)) or q.shape[2] != k.shape[2]:
             raise ValueError("q, k, v must be contiguous and equally long")
         self._lib, self.threads = library(), threads
@@ -168,6 +177,8 @@ class Steps:
             heads=q.shape[1], heads_k=k.shape[1], seqlen=q.shape[2], head_dim=q.shape[3],
             dtype=DTYPES[q.dtype], isa=isa_id(isa), block_size=config.block_size,
             segment_size=config.segment_size, threads=threads, tau=config.tau,
+            mode=enum_id("permute", config.permute),
+            **{name: option(name, getattr(config, name)) for name in OPTIONS},
         )  # fmt: skip
         self._c = _made(self._lib.bench_steps_new(ctypes.byref(call)))
 

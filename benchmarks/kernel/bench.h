@@ -47,6 +47,7 @@ typedef struct bench_call {
     void *parallel_for; /* address of torch_parallel_for; NULL = serial */
     int32_t heads, heads_k, seqlen, head_dim, dtype, isa;
     int32_t block_size, segment_size, threads;
+    int32_t mode, method, stride, reduce, rule, normalize, correction; /* of pbs.h */
     float tau;
 } bench_call;
 enum { BENCH_SCORE, BENCH_ORDER, BENCH_SELECT, BENCH_ATTEND, BENCH_STEPS };

@@ -57,6 +57,8 @@ static void *take(bench_steps *s, int which, size_t bytes) {
     return s->memory[which] = bench_memory(bytes ? bytes : 1);
 }
 
+static int permutes(const bench_call *c) { return c->mode == PBS_PERMUTE_KEYS; }
+
 static void fill_plan(bench_steps *s) {
     const bench_call *c = &s->call;
     const size_t keys = (size_t)s->group * (size_t)c->seqlen;
@@ -76,10 +78,11 @@ static void fill_plan(bench_steps *s) {
     s->permute = PBS_INIT(pbs_permute_params);
     s->permute.q = s->score.q;
     s->permute.k = s->permute.v = s->score.k;
-    s->permute.score = s->score.score;
+    if (permutes(c)) s->permute.score = s->score.score;
     s->permute.block_size = c->block_size;
     s->permute.segment_size = c->segment_size;
-    s->permute.mode = PBS_PERMUTE_KEYS;
+    s->permute.mode = (pbs_permute_mode)c->mode;
+    s->permute.correction = (pbs_correction)c->correction;
     s->permute.k_perm = (int32_t *)take(s, 1, keys * sizeof(int32_t));
     s->permute.k_pool = (float *)take(s, 2, rows * (size_t)c->head_dim * sizeof(float));
     s->permute.exec = exec;
@@ -91,7 +94,12 @@ static void fill_plan(bench_steps *s) {
     s->select.k_perm = s->permute.k_perm;
     s->select.block_size = c->block_size;
     s->select.segment_size = c->segment_size;
-    s->select.mode = PBS_PERMUTE_KEYS;
+    s->select.mode = (pbs_permute_mode)c->mode;
+    s->select.method = (pbs_select_method)c->method;
+    s->select.stride = c->stride;
+    s->select.reduce = (pbs_reduce)c->reduce;
+    s->select.rule = (pbs_rule)c->rule;
+    s->select.normalize = (pbs_normalize)c->normalize;
     s->select.tau = c->tau;
     s->select.bits = (uint32_t *)take(s, 3, rows * (size_t)s->words * sizeof(uint32_t));
     s->select.count = (int32_t *)take(s, 4, rows * sizeof(int32_t));
@@ -102,6 +110,8 @@ static void fill_plan(bench_steps *s) {
     s->attend.k = s->attend.v = s->score.k;
     s->attend.block_q = s->attend.block_k = c->block_size;
     s->attend.segment_size = c->segment_size;
+    s->attend.own = c->mode == PBS_PERMUTE_NONE ? PBS_OWN_BLOCK : PBS_OWN_SEGMENT;
+    s->attend.correction = (pbs_correction)c->correction;
     s->attend.out = view_of(c, c->out, s->group);
     s->attend.exec = exec;
 }
@@ -163,7 +173,7 @@ pbs_status bench_steps_run(bench_steps *s, const uint32_t *bits, double *seconds
         double at[BENCH_STEPS + 1];
         move_to(s, hk, bits);
         at[BENCH_SCORE] = now();
-        PBS_TRY(pbs_score(&s->score));
+        if (permutes(&s->call)) PBS_TRY(pbs_score(&s->score));
         at[BENCH_ORDER] = now();
         PBS_TRY(pbs_permute(&s->permute));
         at[BENCH_SELECT] = now();
