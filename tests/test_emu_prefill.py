@@ -64,8 +64,8 @@ def check_plan(backend, q, k, v, bits, k_perm, q_perm, config, case, what, **hea
             seq.q.double(), seq.k.double(), k_perm=own.long(),
             q_perm=None if q_perm is None else q_perm[seq.index, :, :rows].long(),
             permute=config.permute, method=config.select, stride=config.stride,
-            reduce=config.reduce, rule=config.rule, tau=config.tau if tau is None else tau,
-            **cut_of(config),
+            reduce=config.reduce, rule=config.rule, normalize=config.normalize,
+            tau=config.tau if tau is None else tau, **cut_of(config),
         )  # fmt: skip
         assert_blocks(
             bits_of(bits, seq, config), exact, rule=config.rule,
@@ -84,12 +84,38 @@ def test_chunks_over_many_segments(backend, seqlen_q):
     check(backend, *inputs, config_of())
 
 
-@pytest.mark.parametrize("permute", cases.PERMUTES)
-@pytest.mark.parametrize("method", cases.METHODS)
-def test_modes_and_methods(backend, permute, method):
+@pytest.mark.parametrize("scorer, permute", cases.scored_orders())
+@pytest.mark.parametrize("correction", cases.CORRECTIONS)
+def test_modes_and_methods(backend, permute, scorer, correction):
     inputs = cases.make_inputs(63, (2, 1), 193, 449, dtype=BF16)
-    config = config_of(permute=permute, select=method, tau=0.6, **SMALL)
+    config = config_of(permute=permute, tau=0.6, correction=correction, **scorer, **SMALL)
     check(backend, *inputs, config)
+
+
+PEAK = {**cases.PEAK, **SMALL}
+
+
+@pytest.mark.parametrize("permute", ["identity", "keys"])
+@pytest.mark.parametrize("seqlen_q, seqlen_k", [(65, 65), (37, 769), (449, 449)])
+def test_peak(backend, permute, seqlen_q, seqlen_k):
+    inputs = cases.make_inputs(76, (4, 2), seqlen_q, seqlen_k, dtype=BF16)
+    check(backend, *inputs, config_of(**{**PEAK, "permute": permute, "tau": 0.08}))
+
+
+@pytest.mark.parametrize("case", GEOMETRIES, ids=lambda case: case.name)
+def test_peak_geometries_and_nan_padding(backend, case):
+    inputs = cases.make_inputs(77, (2, 1), case=case, dtype=BF16, nan_padding=True)
+    check(backend, *inputs, config_of(**{**PEAK, "tau": 0.08}), case)
+
+
+def test_peak_keeps_every_block_of_a_query_that_is_no_number(backend):
+    """Nothing is left out for its head's block; the rows beside it are dense attention's."""
+    q, k, v = cases.make_inputs(78, (2, 1), 449, dtype=BF16)
+    q[0, 1, 330] = torch.nan
+    _, _, count, _, _ = backend.ops.prefill(
+        q, k, v, config_of(**{**PEAK, "tau": 0.5}), return_plan=True
+    )
+    assert count[0, 1, 5] == 4 and count[0, 0, 5] < 4
 
 
 @pytest.mark.parametrize("case", GEOMETRIES, ids=lambda case: case.name)
@@ -178,11 +204,12 @@ def test_same_bits_at_any_place_in_a_batch(backend, name):
         assert torch.equal(k_perm[seq.index, :, : seq.k.shape[1]], alone[4][0])
 
 
-@pytest.mark.parametrize("permute", ["keys", "both"])
+@pytest.mark.parametrize("permute", ["keys", "both", "peak"])
 @pytest.mark.parametrize("given", ["nothing", "heads", "order"])
 def test_waves_of_one_head_give_the_same_bits(backend, permute, given):
     """Every pointer of the call is moved on for every wave: to its sequence and its heads."""
-    config = config_of(permute=permute, **SMALL)
+    options = {**PEAK, "permute": "keys"} if permute == "peak" else {"permute": permute, **SMALL}
+    config = config_of(**options)
     case = cases.Case("two", 70, 300, (5, 0), (65, 50), (0, 30), (300, 260))
     inputs = cases.make_inputs(74, (4, 2), case=case, dtype=BF16)
     heads = {}

@@ -30,7 +30,8 @@ def plan(q, k, v, config, geometry):
     return {
         "k_pool": k_pool, "k_perm": k_perm, "q_perm": q_perm, "mode": config.permute,
         "method": config.select, "stride": config.stride, "reduce": config.reduce,
-        "rule": config.rule, "tau": config.tau, "return_mass": True, **cut,
+        "rule": config.rule, "normalize": config.normalize, "tau": config.tau,
+        "return_mass": True, **cut,
     }  # fmt: skip
 
 
@@ -47,7 +48,8 @@ def check(backend, q, k, v, config, case=None, tau_heads=None):
     got, count, mass = backend.ops.select(q, k, **options)
     cpu, *_ = ops.select(q, k, **options)
     for seq in sequences_of(q, k, v, case):
-        what = f"{backend} select {config.select} {config.permute} {case and case.name}"
+        scorer = f"{config.select} {config.normalize} {config.permute}"
+        what = f"{backend} select {scorer} {case and case.name}"
         bits = bits_of(got, seq, config)
         assert torch.equal(count[seq.index, :, : bits.shape[1]], bits.sum(-1).int()), what
         assert not count[seq.index, :, bits.shape[1] :].any(), what
@@ -72,7 +74,8 @@ def check_masses(seq, mass, config, options, noise, what):
         k_perm=options["k_perm"][seq.index, :, :seqlen_k].long(),
         q_perm=None if q_perm is None else q_perm[seq.index, :, :seqlen_q].long(),
         permute=config.permute, method=config.select, stride=config.stride, reduce=config.reduce,
-        rule=config.rule, tau=config.tau if tau is None else tau, **cut_of(config),
+        rule=config.rule, normalize=config.normalize,
+        tau=config.tau if tau is None else tau, **cut_of(config),
     )  # fmt: skip
     exact = select(seq.q.double(), seq.k.double())
     low = select(seq.q.float(), seq.k.float())
@@ -83,42 +86,41 @@ def check_masses(seq, mass, config, options, noise, what):
 # ---- the grid of cases.py ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", cases.METHODS)
-@pytest.mark.parametrize("permute", cases.PERMUTES)
+@pytest.mark.parametrize("scorer, permute", cases.scored_orders())
 @pytest.mark.parametrize("seqlen", [1, 64, 65, 129, 257, 421])
-def test_lengths(backend, method, permute, seqlen):
+def test_lengths(backend, scorer, permute, seqlen):
     inputs = cases.make_inputs(21, (2, 1), seqlen, head_dim=32, dtype=BF16)
-    check(backend, *inputs, config_of(select=method, permute=permute, **SMALL))
+    check(backend, *inputs, config_of(permute=permute, **scorer, **SMALL))
 
 
-@pytest.mark.parametrize("method", cases.METHODS)
+@pytest.mark.parametrize("scorer", cases.SCORERS)
 @pytest.mark.parametrize("case", cases.geometries(64, 128), ids=lambda case: case.name)
-def test_geometries_and_nan_padding(backend, method, case):
+def test_geometries_and_nan_padding(backend, scorer, case):
     inputs = cases.make_inputs(24, (2, 1), case=case, head_dim=32, dtype=BF16, nan_padding=True)
-    for permute in ("keys", "none", "both"):
-        check(backend, *inputs, config_of(select=method, permute=permute, **SMALL), case)
+    for permute in ("keys", "identity") if scorer is cases.ROW else ("keys", "none", "both"):
+        check(backend, *inputs, config_of(permute=permute, **scorer, **SMALL), case)
 
 
-@pytest.mark.parametrize("method", cases.METHODS)
+@pytest.mark.parametrize("scorer", cases.SCORERS)
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 @pytest.mark.parametrize("head_dim", cases.HEAD_DIMS)
-def test_dtypes_and_head_dims(backend, method, dtype, head_dim):
+def test_dtypes_and_head_dims(backend, scorer, dtype, head_dim):
     inputs = cases.make_inputs(27, (1, 1), 70, 300, head_dim=head_dim, dtype=dtype)
-    check(backend, *inputs, config_of(select=method, **SMALL))
+    check(backend, *inputs, config_of(**scorer, **SMALL))
 
 
 @pytest.mark.parametrize("heads", cases.HEAD_RATIOS)
 @pytest.mark.parametrize("gqa", ["per_head", "group"])
-@pytest.mark.parametrize("method", cases.METHODS)
-def test_head_ratios(backend, heads, gqa, method):
+@pytest.mark.parametrize("scorer", cases.SCORERS)
+def test_head_ratios(backend, heads, gqa, scorer):
     inputs = cases.make_inputs(25, heads, 70, 300, head_dim=16, dtype=BF16, batch=2)
-    check(backend, *inputs, config_of(gqa=gqa, select=method, **SMALL))
+    check(backend, *inputs, config_of(gqa=gqa, **scorer, **SMALL))
 
 
 @pytest.mark.parametrize("block_size, segment_size", [(64, 64), (64, 192), (128, 256), (256, 512)])
-@pytest.mark.parametrize("method", cases.METHODS)
-def test_sizes(backend, block_size, segment_size, method):
-    config = config_of(block_size=block_size, segment_size=segment_size, select=method)
+@pytest.mark.parametrize("scorer", cases.SCORERS)
+def test_sizes(backend, block_size, segment_size, scorer):
+    config = config_of(block_size=block_size, segment_size=segment_size, **scorer)
     inputs = cases.make_inputs(26, (1, 1), 2 * block_size + 9, 3 * segment_size + 77, 16, BF16)
     check(backend, *inputs, config)
 
@@ -132,25 +134,6 @@ def test_layouts(backend, layout, method):
     laid = [cases.lay_out(x, layout) for x in plain[:2]]
     want = backend.ops.select(*plain[:2], **options)
     assert all(map(torch.equal, want, backend.ops.select(*laid, **options)))
-
-
-# ---- antidiagonals -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("block_size, stride", [
-    (64, 1), (64, 2), (64, 4), (64, 32), (64, 64), (128, 1), (128, 8), (128, 16), (256, 1),
-    (256, 2), (256, 256),
-])  # fmt: skip
-@pytest.mark.parametrize("reduce", ["sum", "max"])
-@pytest.mark.parametrize("permute", ["none", "both"])
-def test_antidiagonal_strides(backend, block_size, stride, reduce, permute):
-    """1 to 256 groups in a block: many blocks to a tile of groups, and many tiles to a block."""
-    inputs = cases.make_inputs(23, (1, 1), block_size + 37, 2 * block_size + 99, 16, BF16)
-    config = config_of(
-        select="antidiagonal", stride=stride, reduce=reduce, permute=permute,
-        block_size=block_size, segment_size=block_size,
-    )  # fmt: skip
-    check(backend, *inputs, config)
 
 
 # ---- the rule: logits of our choice, through one-hot queries and pools ---------------------------

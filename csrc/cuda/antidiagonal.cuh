@@ -16,6 +16,9 @@
  *
  * stays, [Tk, groups] floats in a slot of the workspace (2 MB at 1M tokens). Then the softmax of
  * group a gives block n the share e^(lse[n, a] - lse[a]), and the strip takes their sums or maxima.
+ *
+ * Where shares are of a whole row, own key blocks have their lse like all others. The own span has
+ * the original order, so behind permuted history it takes a pass of its own.
  */
 #ifndef PBS_CUDA_ANTIDIAGONAL_CUH
 #define PBS_CUDA_ANTIDIAGONAL_CUH
@@ -38,7 +41,7 @@ struct antidiagonal_stage {
 /* What the softmax needs of every query group; the strip follows. */
 struct antidiagonal_groups {
     float row_max[MOST_GROUPS];
-    float row_inverse[MOST_GROUPS]; /* 1 / sum of e^(lse - row_max) */
+    float row_inverse[MOST_GROUPS]; /* 1 / sum of e^(lse - row_max); 0 if it sees nothing */
     int32_t seen[MOST_GROUPS];      /* key blocks [0, n) of which it sees something */
     float part_max[SELECT_THREADS];
     double part_sum[SELECT_THREADS];
@@ -78,6 +81,12 @@ PBS_DEVICE int32_t visible_of(const select_args &a, const strip_job &job, const 
     return row < w.end
                ? pbs_visible_groups(&a.p, &a.d, job.seq, job.row_begin + g / w.per_block, row)
                : 0;
+}
+
+/* Of the key groups that it sees, the first that is of its own span. */
+PBS_DEVICE int32_t first_own_of(const select_args &a, const strip_job &job, const group_band &w,
+                                int32_t g) {
+    return pbs_first_own_group(&a.p, &a.d, job.seq, job.row_begin + g / w.per_block);
 }
 
 /* Rows of one operand: row r of a tile, inner step i is row first + r t + i or, reversed,
@@ -169,28 +178,36 @@ PBS_DEVICE float log_add(float x, float y) {
     return most > -INFINITY ? most + logf(expf(x - most) + expf(y - most)) : x + y;
 }
 
+/* Which of the key groups that a query group sees a pass is about. */
+enum key_pass { ALL_KEYS, HISTORY_KEYS, OWN_KEYS };
+
 /* plan.z -> lse of every (query group, key block) of the tile. A block of more than TILE_N groups
- * comes in several tiles; the same thread then adds to what it wrote. */
+ * comes in several tiles; the same thread then adds to what it wrote. A key block is history or own
+ * as a whole: OWN_KEYS leaves history alone, and writes again what HISTORY_KEYS wrote of a group's
+ * own blocks because they are history to later groups. */
 PBS_DEVICE void keep_sums(const select_args &a, const strip_job &job, const group_band &w,
-                          int32_t g0, int32_t b0) {
+                          int32_t g0, int32_t b0, key_pass pass) {
     PBS_SHARED(antidiagonal_plan, plan);
     const int32_t width = pbs_min_i32(w.per_block, TILE_N), parts = TILE_N / width;
     const int32_t thread = static_cast<int32_t>(threadIdx.x), r = thread % TILE_M, g = g0 + r;
     const int32_t visible = g < w.groups ? visible_of(a, job, w, g) - b0 : 0;
+    const int32_t own = g < w.groups && pass == OWN_KEYS ? first_own_of(a, job, w, g) - b0 : 0;
     for (int32_t part = thread / TILE_M; part < parts; part += SELECT_THREADS / TILE_M) {
         const int32_t b = part * width, n = (b0 + b) / w.per_block;
         if (g >= w.groups || n >= a.d.blocks_k) break;
+        if (b < own) continue;
         float *lse = scratch_of(a) + static_cast<int64_t>(n) * w.groups + g;
-        const float own = log_sum(&plan.z[r][b], pbs_min_i32(visible - b, width));
-        *lse = (b0 + b) % w.per_block ? log_add(*lse, own) : own;
+        const float sum = log_sum(&plan.z[r][b], pbs_min_i32(visible - b, width));
+        *lse = (b0 + b) % w.per_block ? log_add(*lse, sum) : sum;
     }
     __syncthreads(); /* z makes room for the next tile */
 }
 
-/* lse of query groups [g0, g0 + TILE_M) against all key blocks that any of them sees. */
+/* lse of query groups [g0, g0 + TILE_M) against all key blocks of the pass that any of them sees.
+ */
 template <class T>
 PBS_DEVICE void meet_keys(const select_args &a, const strip_job &job, const group_band &w,
-                          int32_t g0) {
+                          int32_t g0, key_pass pass) {
     const group_rows q = {rows_of(a.p.q, job.batch, job.head, job.seq.q_start),
                           query_order(a, job),
                           w.first + g0 * a.p.stride,
@@ -198,7 +215,7 @@ PBS_DEVICE void meet_keys(const select_args &a, const strip_job &job, const grou
                           job.seq.q_len,
                           true};
     group_rows k = {rows_of(a.p.k.view, job.batch, job.head / a.d.group, job.seq.kv_start),
-                    key_order(a, job),
+                    pass == OWN_KEYS ? nullptr : key_order(a, job),
                     0,
                     job.seq.kv_len,
                     job.seq.kv_len,
@@ -206,11 +223,13 @@ PBS_DEVICE void meet_keys(const select_args &a, const strip_job &job, const grou
     /* Later groups see more, up to the last that exists. */
     const int32_t exist = pbs_ceil_div(w.end - w.first, a.p.stride);
     const int32_t last = pbs_min_i32(g0 + TILE_M, exist) - 1;
-    const int32_t seen = last < g0 ? 0 : visible_of(a, job, w, last);
-    for (int32_t b0 = 0; b0 < seen; b0 += TILE_N) {
+    if (last < g0) return;
+    const int32_t end =
+        pass == HISTORY_KEYS ? first_own_of(a, job, w, last) : visible_of(a, job, w, last);
+    for (int32_t b0 = pass == OWN_KEYS ? first_own_of(a, job, w, g0) : 0; b0 < end; b0 += TILE_N) {
         k.first = b0 * a.p.stride;
-        group_products<T>(a, w, q, k, last + 1 - g0, seen - b0);
-        keep_sums(a, job, w, g0, b0);
+        group_products<T>(a, w, q, k, last + 1 - g0, end - b0);
+        keep_sums(a, job, w, g0, b0, pass);
     }
 }
 
@@ -239,29 +258,29 @@ PBS_DEVICE void normalize_groups(const select_args &a, const strip_job &job, con
         for (int32_t p = 1; p < parts; p++) sum += s.part_sum[p * w.groups + g];
         s.seen[g] = seen;
         s.row_max[g] = most;
-        s.row_inverse[g] = static_cast<float>(1.0 / sum);
+        s.row_inverse[g] = sum == 0.0 ? 0.0f : static_cast<float>(1.0 / sum); /* NaN: all shares */
     }
     __syncthreads();
 }
 
 /* Log mass of key block n for query block r of the strip: groups in ascending order. -inf where
- * none sees it, so beyond the eligible blocks too. */
+ * none sees it; NaN if one group's shares are, be it the largest share that is wanted. */
 PBS_DEVICE float block_mass(const select_args &a, const group_band &w, int32_t r, int32_t n) {
     PBS_SHARED(antidiagonal_plan, plan);
     const antidiagonal_groups &s = plan.groups;
-    const bool largest_share = a.p.reduce == PBS_REDUCE_MAX;
-    float mass = 0.0f;
+    float sum = 0.0f, most = 0.0f;
     int32_t exist = 0;
     for (int32_t i = 0; i < w.per_block; i++, exist++) {
         const int32_t g = r * w.per_block + i;
         if (w.first + g * a.p.stride >= w.end) break;
-        if (n >= s.seen[g]) continue;
-        const float x = scratch_of(a)[static_cast<int64_t>(n) * w.groups + g];
-        if (x == -INFINITY) continue;
-        const float share = expf(x - s.row_max[g]) * s.row_inverse[g];
-        mass = largest_share ? fmaxf(mass, share) : mass + share;
+        float x = -INFINITY; /* what the group does not see is no share, or NaN like its others */
+        if (n < s.seen[g]) x = scratch_of(a)[static_cast<int64_t>(n) * w.groups + g];
+        const float share = (x == -INFINITY ? 0.0f : expf(x - s.row_max[g])) * s.row_inverse[g];
+        sum += share;
+        most = fmaxf(most, share);
     }
-    return logf(largest_share || !exist ? mass : mass * (1.0f / static_cast<float>(exist)));
+    if (a.p.reduce == PBS_REDUCE_MAX && sum == sum) return logf(most);
+    return logf(exist ? sum * (1.0f / static_cast<float>(exist)) : sum);
 }
 
 template <class T> struct antidiagonal {
@@ -273,7 +292,12 @@ template <class T> struct antidiagonal {
     PBS_DEVICE void score(const select_args &a, const strip_job &job) {
         const group_band w = band_of(a, job);
         const int32_t cols = strip_cols(a, job);
-        for (int32_t g0 = 0; g0 < job.rows * w.per_block; g0 += TILE_M) meet_keys<T>(a, job, w, g0);
+        const int first_pass = pbs_splits_rows(&a.p) ? HISTORY_KEYS : ALL_KEYS;
+        const int last_pass = pbs_splits_rows(&a.p) ? OWN_KEYS : ALL_KEYS;
+        PBS_NO_UNROLL
+        for (int pass = first_pass; pass <= last_pass; pass++)
+            for (int32_t g0 = 0; g0 < job.rows * w.per_block; g0 += TILE_M)
+                meet_keys<T>(a, job, w, g0, static_cast<key_pass>(pass));
         normalize_groups(a, job, w);
         for (int32_t at = static_cast<int32_t>(threadIdx.x); at < job.rows * cols;
              at += SELECT_THREADS) {

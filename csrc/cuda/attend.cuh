@@ -9,7 +9,10 @@
  *   tiles  <------------------------------------------------------- from high to low
  *
  * The own span comes first: it begins on the diagonal, so that (almost) every row has a finite
- * maximum after the first tile, and the masked tiles are the first ones of every walk.
+ * maximum after the first tile, and the masked tiles are the first ones of every walk. With a
+ * correction the tiles of means come last, BLOCK_N block means to a tile, those alone in which a
+ * block of history is not listed: by then every row knows its maximum but for a few blocks' means,
+ * and the walk over keys has nothing to know of them.
  */
 #ifndef PBS_CUDA_ATTEND_CUH
 #define PBS_CUDA_ATTEND_CUH
@@ -27,8 +30,10 @@ struct attend_args {
     pbs_view out, lse;           /* lse.data may be NULL */
     const unsigned char *packed; /* or NULL: natural order everywhere */
     packed_layout permuted;      /* of a buffer that holds permuted keys */
-    uint64_t natural_call;       /* fingerprint of one that does not */
+    packed_layout natural;       /* of one that does not */
     int32_t takes_permuted;      /* the own mode reads permuted history, and the buffer has room */
+    uint16_t *k_mean, *v_mean;   /* [B, Hk, Tk, D], for a correction without packed */
+    float mean_bias;             /* log2 of block_k: a mean stands for so many keys */
     const uint32_t *bits;        /* [B, heads_sel, Tq, W]; not read for PBS_OWN_ALL */
     const int32_t *q_perm;       /* [B, Hq, Nq] or NULL */
     const int32_t *order;        /* [B * Hq * Tq] items, see order.cuh */
@@ -83,7 +88,21 @@ PBS_DEVICE key_span span_of(const attend_args &a, const pbs_seq &s, int32_t m, i
     return span;
 }
 
+/* Key blocks [0, n) that every row of query block m sees whole and outside the own span: those that
+ * are corrected where their bit is not set. */
+PBS_DEVICE int32_t mean_end_of(const attend_args &a, const pbs_seq &s, int32_t m,
+                               const key_span &span) {
+    const pbs_dims &d = a.dims;
+    if (a.own != PBS_OWN_MASK) return span.hist_end;
+    return pbs_floor_to(s.q_offset + m * d.block_q + 1, d.block_k) / d.block_k;
+}
+
 /* ---- in which order -------------------------------------------------------------------------- */
+/* Where a walk is. Below WALK_END: at the tile of means from mean_at(key) on. */
+enum : int32_t { WALK_END = -1 };
+PBS_DEVICE int32_t key_of_mean(int32_t mean) { return INT32_MIN + mean; }
+PBS_DEVICE int32_t mean_at(int32_t key) { return key - INT32_MIN; }
+
 /* The tiles of a row block, from high to low. One thread walks, for all: the state lies in shared
  * memory, and the word of bits that it looks at came to L1 with the 31 beside it. */
 struct key_walk {
@@ -103,7 +122,7 @@ PBS_DEVICE void walk_next(key_walk &walk, const uint32_t *bits, const key_span &
     if (walk.key >= walk.stop) return;
     while (!walk.blocks) {
         if (walk.word == 0) {
-            walk.key = walk.stop = -1;
+            walk.key = walk.stop = WALK_END;
             return;
         }
         walk.word--;
@@ -129,6 +148,29 @@ PBS_DEVICE void walk_start(key_walk &walk, const uint32_t *bits, const key_span 
     walk_next<BLOCK_N>(walk, bits, span, block_k);
 }
 
+/* The next tile of means below word walk.word of the bits, if it has a block that is not listed. */
+template <int BLOCK_N>
+PBS_DEVICE void walk_means(key_walk &walk, const uint32_t *bits, int32_t mean_end) {
+    static_assert(BLOCK_N % 32 == 0, "a tile of means is whole words of bits");
+    constexpr int WORDS = BLOCK_N / 32;
+    while (walk.word > 0) {
+        walk.word--;
+        if (!(~bits[walk.word] & pbs_bits_below(mean_end, walk.word))) continue;
+        walk.word -= walk.word % WORDS;
+        walk.key = key_of_mean(32 * walk.word);
+        return;
+    }
+    walk.key = WALK_END;
+}
+
+/* The first one, when there are no more keys. */
+template <int BLOCK_N>
+PBS_DEVICE void walk_to_means(key_walk &walk, const uint32_t *bits, int32_t mean_end) {
+    if (walk.key != WALK_END) return;
+    walk.word = pbs_ceil_div(mean_end, 32);
+    walk_means<BLOCK_N>(walk, bits, mean_end);
+}
+
 /* ---- where they lie -------------------------------------------------------------------------- */
 struct key_source {
     head_rows k, v;
@@ -146,33 +188,54 @@ struct attend_job {
     attend_item item;
     int32_t first;  /* row of the block's first row, in the order of q_perm */
     int32_t usable; /* packed is NULL, or what this call needs */
+    /* For a correction: */
+    key_source means;
+    int32_t mean_end; /* key blocks [0, n) may be corrected */
 };
 
 /* Does the history of this head come from permuted rows? Sets usable. */
-PBS_DEVICE bool reads_permuted(const attend_args &a, attend_job &job) {
+template <bool CORRECTED> PBS_DEVICE bool reads_permuted(const attend_args &a, attend_job &job) {
     job.usable = 1;
     if (!a.packed) return false;
     const packed_header *header = reinterpret_cast<const packed_header *>(a.packed);
-    const bool natural = header->call == a.natural_call;
+    const bool natural = header->call == a.natural.call;
     const bool permuted = a.takes_permuted && header->call == a.permuted.call;
     job.usable = header->magic == PBS_CUDA_PACKED_MAGIC && (natural || permuted);
+    if (CORRECTED && header->means != 1) job.usable = 0;
     if (!job.usable || natural) return false;
     const int32_t *heads = reinterpret_cast<const int32_t *>(a.packed + a.permuted.heads);
     return heads[pbs_owner_head(&a.dims, job.item.hq)] != 0;
 }
 
-PBS_DEVICE key_source permuted_rows(const attend_args &a, attend_item i) {
+/* Rows of the owner of this head's permutation in two parts of the packed buffer, `rows` a head. */
+PBS_DEVICE key_source packed_rows(const attend_args &a, attend_item i, int64_t k_part,
+                                  int64_t v_part, int32_t rows) {
     const int64_t head = static_cast<int64_t>(i.b) * a.dims.heads_p + pbs_owner_head(&a.dims, i.hq);
-    const int64_t at = head * a.permuted.rows * a.dims.head_dim;
-    uint16_t *k =
-        reinterpret_cast<uint16_t *>(const_cast<unsigned char *>(a.packed) + a.permuted.k);
-    uint16_t *v =
-        reinterpret_cast<uint16_t *>(const_cast<unsigned char *>(a.packed) + a.permuted.v);
+    const int64_t at = head * rows * a.dims.head_dim;
+    uint16_t *k = reinterpret_cast<uint16_t *>(const_cast<unsigned char *>(a.packed) + k_part);
+    uint16_t *v = reinterpret_cast<uint16_t *>(const_cast<unsigned char *>(a.packed) + v_part);
     return {{k + at, a.dims.head_dim}, {v + at, a.dims.head_dim}};
 }
 
+PBS_DEVICE key_source permuted_rows(const attend_args &a, attend_item i) {
+    return packed_rows(a, i, a.permuted.k, a.permuted.v, a.permuted.rows);
+}
+
+/* Means of this head's key blocks, in the order of its history. */
+PBS_DEVICE key_source means_of(const attend_args &a, attend_item i) {
+    const pbs_dims &d = a.dims;
+    if (a.packed) {
+        const uint64_t call = reinterpret_cast<const packed_header *>(a.packed)->call;
+        const packed_layout &l = call == a.natural.call ? a.natural : a.permuted;
+        return packed_rows(a, i, l.k_mean, l.v_mean, d.blocks_k);
+    }
+    const int64_t head = static_cast<int64_t>(i.b) * d.heads_k + i.hq / d.group;
+    const int64_t at = head * d.blocks_k * d.head_dim;
+    return {{a.k_mean + at, d.head_dim}, {a.v_mean + at, d.head_dim}};
+}
+
 /* Row block `part` of a query block: rows [part * BLOCK_M, (part + 1) * BLOCK_M) of it. */
-template <int BLOCK_M, int BLOCK_N>
+template <int BLOCK_M, int BLOCK_N, bool CORRECTED>
 PBS_DEVICE void make_job(const attend_args &a, int32_t item, int32_t part, attend_job &job) {
     const pbs_dims &d = a.dims;
     const attend_item i = item_at(d, item);
@@ -187,9 +250,14 @@ PBS_DEVICE void make_job(const attend_args &a, int32_t item, int32_t part, atten
     job.out = rows_of(a.out, i.b, i.hq, s.q_start);
     job.lse = reinterpret_cast<float *>(pbs_view_at(&a.lse, i.b, i.hq, s.q_start));
     job.own = {rows_of(a.k, i.b, hk, s.kv_start), rows_of(a.v, i.b, hk, s.kv_start)};
-    job.history = reads_permuted(a, job) ? permuted_rows(a, i) : job.own;
+    job.history = reads_permuted<CORRECTED>(a, job) ? permuted_rows(a, i) : job.own;
     walk_start<BLOCK_N>(job.walk, job.bits, job.span, d.block_k);
-    if (!job.usable) job.walk.key = -1;
+    if (CORRECTED) {
+        job.means = means_of(a, i);
+        job.mean_end = mean_end_of(a, s, i.m, job.span);
+        walk_to_means<BLOCK_N>(job.walk, job.bits, job.mean_end);
+    }
+    if (!job.usable) job.walk.key = WALK_END;
 }
 
 /* Original index of row i of the block, relative to q_start; -1 if there is no such row. */

@@ -18,6 +18,10 @@
  * Bound     tensor cores, 4 BLOCK_M BLOCK_N D flop a step, as long as two blocks share an SM; with
  *           16 rows a warp, ldmatrix: 512 bytes for two mma at 128 bytes a clock.
  *
+ * Means     tiles of block means are tiles of keys with other logits, in a kernel of their own
+ *           (CORRECTED): a third loop takes registers, and calls without a correction need all they
+ *           have.
+ *
  * Registers acc_o and acc_s take M (D / 2 + BLOCK_N / 2) of them. What is the same for all threads
  *           (job, walk, rows) therefore lies in shared memory; attend_instances.inc has the table.
  */
@@ -32,7 +36,7 @@ namespace pbs {
 
 /* ---- plan ------------------------------------------------------------------------------------ */
 /* A shape names HEAD_DIM (of the tiles: head_dim is padded to it with zeros), BLOCK_M, BLOCK_N,
- * WARPS and BLOCKS_PER_SM. */
+ * WARPS, BLOCKS_PER_SM and CORRECTED: does the walk end in tiles of means? */
 template <class S> struct attend_plan {
     tile<S::BLOCK_M, S::HEAD_DIM> q; /* in the end: out */
     tile<S::BLOCK_N, S::HEAD_DIM> k;
@@ -76,6 +80,26 @@ PBS_DEVICE const key_source &source_of(const attend_job &job, int32_t key) {
     return key < job.span.own_begin ? job.history : job.own;
 }
 
+/* What a tile holds: keys that every row sees, keys that some row may not see, block means. */
+enum tile_kind { CLEAN, CAUSAL, MEANS };
+
+/* Zeros for the means that no row sees: nobody has written them. */
+template <class S>
+PBS_DEVICE void load_means(tile<S::BLOCK_N, S::HEAD_DIM> &to, head_rows rows, int32_t key,
+                           const attend_args &a, int32_t end) {
+    load_keys<true, S>(to, rows, mean_at(key), a, end);
+}
+
+/* K of the tile that comes next, in a walk whose tile is of this kind. */
+template <tile_kind KIND, class S>
+PBS_DEVICE void load_next(const attend_args &a, attend_plan<S> &plan, int32_t key) {
+    const attend_job &job = plan.job;
+    if (KIND != MEANS && key >= 0)
+        load_keys<KIND == CAUSAL, S>(plan.k, source_of(job, key).k, key, a, job.span.end);
+    else if (S::CORRECTED && key != WALK_END)
+        load_means<S>(plan.k, job.means.k, key, a, job.mean_end);
+}
+
 /* ---- one step -------------------------------------------------------------------------------- */
 /* -inf where a row does not see a key: key > q_offset + row. */
 template <class S>
@@ -101,8 +125,44 @@ PBS_DEVICE void mask_scores(const attend_plan<S> &plan, int32_t key,
     }
 }
 
+/* One thread, for all. */
+template <tile_kind KIND, class S> PBS_DEVICE void walk_on(attend_job &job, int32_t block_k) {
+    if (KIND == MEANS) {
+        walk_means<S::BLOCK_N>(job.walk, job.bits, job.mean_end);
+        return;
+    }
+    walk_next<S::BLOCK_N>(job.walk, job.bits, job.span, block_k);
+    if (S::CORRECTED) walk_to_means<S::BLOCK_N>(job.walk, job.bits, job.mean_end);
+}
+
+/* Products with means to logits in log2 units: a mean counts as often as its block has keys; -inf
+ * for blocks that are listed, or not before mean_end. */
+template <class S>
+PBS_DEVICE void weigh_means(const attend_args &a, const attend_job &job, int32_t key,
+                            float (&acc_s)[attend_shape<S>::M][attend_shape<S>::N_KEYS][4]) {
+    const int32_t lane_column = 2 * static_cast<int32_t>(threadIdx.x % 4);
+    PBS_UNROLL
+    for (int w = 0; w < S::BLOCK_N / 32; w++) {
+        const int32_t word = mean_at(key) / 32 + w;
+        const uint32_t below = pbs_bits_below(job.mean_end, word);
+        const uint32_t dropped = (below ? ~job.bits[word] & below : 0) >> lane_column;
+        PBS_UNROLL
+        for (int n = 4 * w; n < 4 * w + 4; n++) {
+            PBS_UNROLL
+            for (int i = 0; i < 4; i++) {
+                const bool on = dropped >> (n % 4 * 8 + i % 2) & 1;
+                PBS_UNROLL
+                for (int m = 0; m < attend_shape<S>::M; m++) {
+                    const float logit = fmaf(acc_s[m][n][i], a.softmax_scale_log2, a.mean_bias);
+                    acc_s[m][n][i] = on ? logit : minus_infinity();
+                }
+            }
+        }
+    }
+}
+
 /* The tile at `key`, whose K is on its way; leaves key at the next tile, K on its way. */
-template <bool MASKED, class T, class S>
+template <tile_kind KIND, class T, class S>
 PBS_DEVICE void attend_step(const attend_args &a, attend_plan<S> &plan, int32_t &key,
                             attend_state<S> &state) {
     attend_job &job = plan.job;
@@ -110,20 +170,25 @@ PBS_DEVICE void attend_step(const attend_args &a, attend_plan<S> &plan, int32_t 
 
     ptx::cp_async_wait<0>();
     __syncthreads(); /* K(n) is there for all; all are done with V(n - 1) */
-    load_keys<MASKED, S>(plan.v, source_of(job, key).v, key, a, job.span.end);
-    if (threadIdx.x == 0) walk_next<S::BLOCK_N>(job.walk, job.bits, job.span, a.dims.block_k);
+    if (KIND == MEANS)
+        load_means<S>(plan.v, job.means.v, key, a, job.mean_end);
+    else
+        load_keys<KIND == CAUSAL, S>(plan.v, source_of(job, key).v, key, a, job.span.end);
+    if (threadIdx.x == 0) walk_on<KIND, S>(job, a.dims.block_k);
 
     clear(acc_s);
     gemm_nt<T>(acc_s, state.q, state.k); /* S = Q K^T */
-    if (MASKED) mask_scores(plan, key, acc_s);
+    if (KIND == CAUSAL) mask_scores(plan, key, acc_s);
+    if (KIND == MEANS) weigh_means<S>(a, job, key, acc_s);
 
     ptx::cp_async_wait<0>();
     __syncthreads(); /* V(n) is there for all, and where n + 1 is; all are done with K(n) */
     key = job.walk.key;
-    if (key >= 0) load_keys<MASKED, S>(plan.k, source_of(job, key).k, key, a, job.span.end);
+    load_next<KIND, S>(a, plan, key);
 
-    softmax_step<MASKED>(state.softmax, acc_s, state.acc_o, a.softmax_scale_log2); /* S -> P */
-    gemm_pn<T>(state.acc_o, acc_s, state.v);                                       /* O += P V */
+    const float scale_log2 = KIND == MEANS ? 1.0f : a.softmax_scale_log2;
+    softmax_step<KIND != CLEAN>(state.softmax, acc_s, state.acc_o, scale_log2); /* S -> P */
+    gemm_pn<T>(state.acc_o, acc_s, state.v);                                    /* O += P V */
 }
 
 /* ---- epilogue -------------------------------------------------------------------------------- */
@@ -169,12 +234,12 @@ attend_kernel(const __grid_constant__ attend_args a) {
     const int parts = a.dims.block_q / S::BLOCK_M;
 
     if (thread == 0)
-        make_job<S::BLOCK_M, S::BLOCK_N>(a, a.order[blockIdx.x / parts],
-                                         static_cast<int32_t>(blockIdx.x % parts), plan.job);
+        make_job<S::BLOCK_M, S::BLOCK_N, S::CORRECTED>(
+            a, a.order[blockIdx.x / parts], static_cast<int32_t>(blockIdx.x % parts), plan.job);
     __syncthreads();
     if (plan.job.first >= plan.job.seq.q_len) return;
     int32_t key = plan.job.walk.key;
-    if (key >= 0) load_keys<true, S>(plan.k, source_of(plan.job, key).k, key, a, plan.job.span.end);
+    load_next<CAUSAL, S>(a, plan, key);
     if (thread < S::BLOCK_M) plan.row[thread] = original_row(a, plan.job, thread);
     __syncthreads();
     tile_gather<shape::THREADS>(plan.q, plan.job.q.first, plan.job.q.stride, plan.row,
@@ -193,9 +258,10 @@ attend_kernel(const __grid_constant__ attend_args a) {
             state.softmax.row_sum[r] = __int_as_float(0x7fc00000);
     }
 
-    /* Tiles that some row does not see whole, then those that all rows do. */
-    while (key >= plan.job.span.clean_end) attend_step<true, T>(a, plan, key, state);
-    while (key >= 0) attend_step<false, T>(a, plan, key, state);
+    /* Tiles that some row does not see whole, then those that all rows do, then means. */
+    while (key >= plan.job.span.clean_end) attend_step<CAUSAL, T>(a, plan, key, state);
+    while (key >= 0) attend_step<CLEAN, T>(a, plan, key, state);
+    while (S::CORRECTED && key != WALK_END) attend_step<MEANS, T>(a, plan, key, state);
 
     ptx::cp_async_wait<0>(); /* without a single tile, Q is still on its way */
     __syncthreads();

@@ -3,13 +3,16 @@
  * The packed K/V buffer of pbs_permute on CUDA, opaque to callers:
  *
  *   header 64 bytes | int32 heads[heads_p] | K [B, Hp, Nc, D] | V [B, Hp, Nc, D]
+ *                   | means of K [B, Hp, Tk, D] | means of V [B, Hp, Tk, D]
  *
  * 16-bit rows, contiguous; Nc = the complete keys of max_k. Row r of head (b, hp) is key k_perm[r],
  * and is written only where that head moves (heads[hp] = 1, r in a complete segment of a sequence
  * with more than one). Everything else is read from the caller's K and V: no copies. Without
- * permuted keys there is neither K nor V part.
+ * permuted keys there is neither K nor V part. Means are those of key blocks in the order in which
+ * the head's history is read, of every head, and only where permute was asked for a correction.
  *
- * No host can read the header, so the reader on the device compares `call` with what it expects.
+ * No host can read the header, so the reader on the device compares `call` with what it expects,
+ * and looks whether there are means before it reads them.
  */
 #ifndef PBS_CUDA_PACKED_CUH
 #define PBS_CUDA_PACKED_CUH
@@ -25,8 +28,9 @@ namespace pbs {
 
 struct packed_header {
     uint64_t magic;
-    uint64_t call; /* fingerprint of the shapes */
-    uint64_t reserved[6];
+    uint64_t call;  /* fingerprint of the shapes */
+    uint64_t means; /* 1: there are means */
+    uint64_t reserved[5];
 };
 static_assert(sizeof(packed_header) == 64, "heads start on a cache line");
 
@@ -35,8 +39,9 @@ struct packed_layout {
     uint64_t call;
     int64_t heads;
     int64_t k, v;
-    int32_t rows; /* Nc; 0 without permuted keys */
-    size_t bytes; /* SIZE_MAX = cannot be counted */
+    int64_t k_mean, v_mean; /* 0: there are none */
+    int32_t rows;           /* Nc; 0 without permuted keys */
+    size_t bytes;           /* SIZE_MAX = cannot be counted */
 };
 
 /* What must agree between the call that packs and the call that reads. A buffer without permuted
@@ -57,25 +62,37 @@ static inline uint64_t packed_call(const pbs_dims *d, int permutes) {
     return x;
 }
 
-/* Every part starts on 1024 bytes after the header: whole swizzle patterns of a bulk copy. */
-static inline packed_layout packed_layout_of(const pbs_dims *d, int permutes) {
-    const int64_t heads = static_cast<int64_t>(d->batch) * d->heads_p;
-    const size_t align = 1024, row = static_cast<size_t>(d->head_dim) * sizeof(uint16_t);
+/* Room for `rows` rows of every head; where it starts. Every part starts on 1024 bytes after the
+ * header: whole swizzle patterns of a bulk copy. */
+static inline int64_t packed_part(packed_layout *l, const pbs_dims *d, int32_t rows) {
+    const size_t align = 1024;
+    size_t part = static_cast<size_t>(d->head_dim) * sizeof(uint16_t);
+    if (!pbs_size_mul(&part, static_cast<size_t>(d->batch) * static_cast<size_t>(d->heads_p)) ||
+        !pbs_size_mul(&part, static_cast<size_t>(rows)) || part > SIZE_MAX / 8 ||
+        l->bytes == SIZE_MAX) {
+        l->bytes = SIZE_MAX;
+        return 0;
+    }
+    const size_t at = (l->bytes + align - 1) / align * align;
+    l->bytes = at + part;
+    return static_cast<int64_t>(at);
+}
+
+/* K and V of a layout with means lie where they lie without. */
+static inline packed_layout packed_layout_of(const pbs_dims *d, int permutes, int means) {
     packed_layout l = {};
     l.call = packed_call(d, permutes);
     l.heads = sizeof(packed_header);
     l.bytes = sizeof(packed_header) + static_cast<size_t>(d->heads_p) * sizeof(int32_t);
-    if (!permutes) return l;
-    l.rows = pbs_complete_keys(d->max_k, d->segment_size);
-    size_t part = row;
-    if (!pbs_size_mul(&part, static_cast<size_t>(heads)) ||
-        !pbs_size_mul(&part, static_cast<size_t>(l.rows)) || part > SIZE_MAX / 4) {
-        l.bytes = SIZE_MAX;
-        return l;
+    if (permutes) {
+        l.rows = pbs_complete_keys(d->max_k, d->segment_size);
+        l.k = packed_part(&l, d, l.rows);
+        l.v = packed_part(&l, d, l.rows);
     }
-    l.k = static_cast<int64_t>((l.bytes + align - 1) / align * align);
-    l.v = l.k + static_cast<int64_t>((part + align - 1) / align * align);
-    l.bytes = static_cast<size_t>(l.v) + part;
+    if (means) {
+        l.k_mean = packed_part(&l, d, d->blocks_k);
+        l.v_mean = packed_part(&l, d, d->blocks_k);
+    }
     return l;
 }
 

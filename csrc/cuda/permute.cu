@@ -40,7 +40,7 @@ static permute_run run_of(const pbs_permute_params *p, const pbs_dims *d) {
     run.v_pool = p->v_pool;
     run.pool_len = p->pool_len;
     run.packed = static_cast<packed_header *>(p->packed);
-    run.layout = packed_layout_of(d, pbs_permutes_keys(p->mode));
+    run.layout = packed_layout_of(d, pbs_permutes_keys(p->mode), p->correction);
     return run;
 }
 
@@ -63,8 +63,7 @@ template <class T> static pbs_status launch_all(const permute_run &run, const pb
 size_t pbs_cuda_packed_bytes(const pbs_dims *d, pbs_permute_mode mode, pbs_correction correction,
                              const void *kernels) {
     (void)kernels;
-    (void)correction;
-    return pbs::packed_layout_of(d, pbs_permutes_keys(mode)).bytes;
+    return pbs::packed_layout_of(d, pbs_permutes_keys(mode), correction).bytes;
 }
 
 size_t pbs_cuda_permute_bytes(const pbs_permute_params *p, const pbs_dims *d, const void *kernels) {

@@ -1,12 +1,13 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * permute, paper eq. 8, in one pass over a segment of keys: order it by score, then gather its rows
- * in that order into the packed buffer and into the means of its blocks. K and V are read from
- * memory once for all heads that share them: those are neighbours in the grid. Bound by memory:
- * every K and V row is written once per head, 16 bytes a thread, whole rows a warp.
+ * in that order into the packed buffer and into the means of its blocks (fp32 for select, rounded
+ * to the dtype of the keys for attend's correction). K and V are read from memory once for all
+ * heads that share them: those are neighbours in the grid. Bound by memory: every K and V row is
+ * written once per head, 16 bytes a thread, whole rows a warp.
  *
  *   header   one block                 fingerprint and heads of the packed buffer
- *   segment  [b, hk, segment, hp]      k_perm, packed rows, k_pool, v_pool, pool_len
+ *   segment  [b, hk, segment, hp]      k_perm, packed rows and means, k_pool, v_pool, pool_len
  */
 #ifndef PBS_CUDA_PERMUTE_CUH
 #define PBS_CUDA_PERMUTE_CUH
@@ -49,6 +50,7 @@ PBS_KERNEL(SUM_THREADS, 4) permute_header(const permute_run run) {
     packed_header header = {};
     header.magic = PBS_CUDA_PACKED_MAGIC;
     header.call = run.layout.call;
+    header.means = run.layout.k_mean != 0;
     *run.packed = header;
 }
 
@@ -124,15 +126,27 @@ PBS_DEVICE uint4 *packed_rows(const permute_run &run, const segment_item &item, 
     return reinterpret_cast<uint4 *>(base) + item.head * run.layout.rows * (run.d.head_dim / PIECE);
 }
 
+/* Row of block n in the part of the packed buffer that holds means; NULL without a correction. */
+PBS_DEVICE uint16_t *mean_row(const permute_run &run, int64_t block, int64_t part) {
+    if (!run.packed || !part) return nullptr;
+    unsigned char *base = reinterpret_cast<unsigned char *>(run.packed) + part;
+    return reinterpret_cast<uint16_t *>(base) + block * run.d.head_dim;
+}
+
+PBS_DEVICE bool packs_means(const permute_run &run) { return run.packed && run.layout.k_mean; }
+
+/* Does anybody want sums of V? */
+PBS_DEVICE bool sums_values(const permute_run &run) { return run.v_pool || packs_means(run); }
+
 PBS_DEVICE gather_job gather_job_of(const permute_run &run, const segment_item &item,
                                     const pbs_seq &s, const segment_plan &shared) {
     const bool packs = run.packed && item.moves;
     gather_job job = {};
     job.k = rows_of(run.k, item.b, item.hk, s.kv_start);
-    if (packs || run.v_pool) job.v = rows_of(run.v, item.b, item.hk, s.kv_start);
+    if (packs || sums_values(run)) job.v = rows_of(run.v, item.b, item.hk, s.kv_start);
     if (packs) job.packed_k = packed_rows(run, item, run.layout.k);
     if (packs) job.packed_v = packed_rows(run, item, run.layout.v);
-    job.sums_v = run.v_pool != nullptr;
+    job.sums_v = sums_values(run);
     job.team = row_team_of(run.d.head_dim, static_cast<int32_t>(threadIdx.x));
     job.first = item.first;
     job.order = shared.order;
@@ -181,7 +195,7 @@ template <class T> PBS_KERNEL(SUM_THREADS, 3) permute_segment(const permute_run 
     order_segment(run, item, shared);
 
     const gather_job job = gather_job_of(run, item, s, shared);
-    const bool pools = run.k_pool || run.v_pool;
+    const bool pools = run.k_pool || sums_values(run);
     for (int32_t at = item.first; at < item.end; at += d.block_k) {
         const int32_t n = at / d.block_k; /* key block */
         const int32_t end = pbs_min_i32(pbs_min_i32(at + d.block_k, item.end), s.kv_len);
@@ -192,14 +206,19 @@ template <class T> PBS_KERNEL(SUM_THREADS, 3) permute_segment(const permute_run 
         if (job.packed_k || pools) gather_block<T>(job, at, count, k_sum, v_sum);
         if (!pools) continue;
         const float factor = count ? 1.0f / static_cast<float>(count) : 0.0f;
-        const int64_t pool = (item.head * d.blocks_k + n) * d.head_dim;
+        const int64_t block = item.head * d.blocks_k + n, pool = block * d.head_dim;
+        float *k_pool = run.k_pool ? run.k_pool + pool : nullptr;
+        float *v_pool = run.v_pool ? run.v_pool + pool : nullptr;
         put_partial(shared.k, job.team, k_sum);
-        if (run.v_pool) put_partial(shared.v, job.team, v_sum);
+        if (job.sums_v) put_partial(shared.v, job.team, v_sum);
         __syncthreads();
         /* Up to head_dim 128, one half of the threads adds up K, the other V. */
         const int32_t other = (thread + SUM_THREADS / 2) % SUM_THREADS;
-        if (run.k_pool) add_partials(shared.k, job.team, thread, factor, run.k_pool + pool);
-        if (run.v_pool) add_partials(shared.v, job.team, other, factor, run.v_pool + pool);
+        add_partials<T>(shared.k, job.team, thread, factor, k_pool,
+                        mean_row(run, block, run.layout.k_mean));
+        if (job.sums_v)
+            add_partials<T>(shared.v, job.team, other, factor, v_pool,
+                            mean_row(run, block, run.layout.v_mean));
         __syncthreads(); /* the sums of the next block take their place */
     }
 }

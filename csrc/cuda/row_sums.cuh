@@ -51,17 +51,41 @@ PBS_DEVICE void put_partial(partial_sums &shared, const row_team &team, const fl
     at[team.in_flight * team.pieces] = make_float4(sum[4], sum[5], sum[6], sum[7]);
 }
 
-/* After a barrier: out[column] = factor * the sum of its partial sums, for all columns. */
-PBS_DEVICE void add_partials(const partial_sums &shared, const row_team &team, int32_t thread,
-                             float factor, float *out) {
+/* After a barrier: the column of a thread, and the sum of its partial sums. column < 0: it has
+ * none.
+ */
+struct column_sum {
+    int32_t column;
+    float sum;
+};
+
+PBS_DEVICE column_sum add_column(const partial_sums &shared, const row_team &team, int32_t thread) {
     const int32_t half_columns = 4 * team.pieces;
-    if (thread >= 2 * half_columns) return;
+    if (thread >= 2 * half_columns) return {-1, 0.0f};
     const int32_t half = thread / half_columns, rest = thread % half_columns;
     const float *part =
         &shared.part[half * team.in_flight * team.pieces].x + rest; /* row 0, this column */
     float sum = 0.0f;
     for (int32_t row = 0; row < team.in_flight; row++) sum += part[row * half_columns];
-    out[rest / 4 * PIECE + half * 4 + rest % 4] = sum * factor;
+    return {rest / 4 * PIECE + half * 4 + rest % 4, sum};
+}
+
+/* out[column] = factor * its sum, for all columns. */
+PBS_DEVICE void add_partials(const partial_sums &shared, const row_team &team, int32_t thread,
+                             float factor, float *out) {
+    const column_sum s = add_column(shared, team, thread);
+    if (s.column >= 0) out[s.column] = s.sum * factor;
+}
+
+/* The same where it is wanted, and rounded to nearest even where that is. NULL = not wanted. */
+template <class T>
+PBS_DEVICE void add_partials(const partial_sums &shared, const row_team &team, int32_t thread,
+                             float factor, float *out, uint16_t *rounded) {
+    const column_sum s = add_column(shared, team, thread);
+    if (s.column < 0) return;
+    const float x = s.sum * factor;
+    if (out) out[s.column] = x;
+    if (rounded) rounded[s.column] = static_cast<uint16_t>(ptx::pack<T>(x, 0.0f) & 0xffff);
 }
 
 } // namespace pbs

@@ -20,8 +20,8 @@ EMU_SAN := -O1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-
 EMU_RUNTIME := $(filter-out tests/emu/test_%.cc,$(wildcard tests/emu/*.cc))
 EMU_TESTS := $(wildcard tests/emu/test_*.cc) csrc/cuda/tensor_map.cu csrc/core/status.c
 EMU_VERBS := tests/emu/verbs.c tests/emu/host_reads.c $(addprefix tests/c/,\
-	harness.c memory.c brute.c test_score.c test_permute.c \
-	test_select.c test_attend.c)
+	harness.c memory.c brute.c selects.c calls.c test_score.c test_permute.c \
+	test_select.c test_select_rows.c test_attend.c test_correction.c)
 EMU_LIBRARY := $(wildcard csrc/core/*.c csrc/cuda/*.c csrc/cuda/*.cu)
 
 emu_first = $(firstword $(foreach c,$1,$(shell command -v $(c) 2>/dev/null)))

@@ -66,6 +66,13 @@ static void check_out(const pbs_view *out, const char *what) {
     }
 }
 
+/* A share of the row where there is one. */
+static pbs_normalize normalize_of(pbs_permute_mode mode, pbs_select_method method) {
+    const int queries = mode == PBS_PERMUTE_QUERIES || mode == PBS_PERMUTE_BOTH;
+    return method == PBS_SELECT_ANTIDIAGONAL && !queries ? PBS_NORMALIZE_ROW
+                                                         : PBS_NORMALIZE_HISTORY;
+}
+
 static void prefill(pbs_view q, pbs_kv k, pbs_kv v, pbs_permute_mode mode,
                     pbs_select_method method) {
     pbs_prefill_params s = PBS_INIT(pbs_prefill_params);
@@ -77,6 +84,7 @@ static void prefill(pbs_view q, pbs_kv k, pbs_kv v, pbs_permute_mode mode,
     for (int i = 0; i < HEADS_Q; i++) tau[i] = 0.5f + 0.1f * (float)i;
     s.tau_heads = tau;
     s.mode = mode, s.method = method, s.stride = 16, s.tau = 0.9f;
+    s.normalize = normalize_of(mode, method), s.correction = PBS_CORRECTION_MEAN;
     s.out = rows(HEADS_Q, DIM, q.dtype, 4);
     s.lse = rows(HEADS_Q, 1, PBS_DTYPE_FP32, 0);
     s.count = (int32_t *)room(BATCH * HEADS_Q * BLOCKS * sizeof *s.count);
@@ -110,6 +118,7 @@ static void verbs(pbs_view q, pbs_kv k, pbs_kv v, pbs_permute_mode mode, pbs_sel
     pbs_select_params u = PBS_INIT(pbs_select_params);
     u.q = q, u.k = k, u.block_size = BLOCK, u.mode = mode, u.method = method, u.stride = 16;
     COMMON(u);
+    u.normalize = normalize_of(mode, method);
     u.tau = 0.9f, u.k_pool = t.k_pool, u.k_perm = t.k_perm, u.q_perm = t.q_perm;
     u.bits = (uint32_t *)room(BATCH * HEADS_Q * BLOCKS * WORDS * sizeof *u.bits);
     u.count = (int32_t *)room(BATCH * HEADS_Q * BLOCKS * sizeof *u.count);
@@ -124,6 +133,9 @@ static void verbs(pbs_view q, pbs_kv k, pbs_kv v, pbs_permute_mode mode, pbs_sel
     a.lse = rows(HEADS_Q, 1, PBS_DTYPE_FP32, 0);
     RUN_HIDDEN(pbs_attend, &a);
     check_out(&a.out, "attend");
+    a.packed = NULL, a.correction = PBS_CORRECTION_MEAN; /* means are the call's own */
+    RUN_HIDDEN(pbs_attend, &a);
+    check_out(&a.out, "attend with means");
 }
 
 #ifndef PBS_TEST_THIN

@@ -19,7 +19,8 @@ static void fill_wrong(rng *r, int32_t *values, int64_t count, int32_t size) {
         values[i] = rng_below(r, 2) ? edges[rng_below(r, 7)] : rng_below(r, 3 * size) - size;
 }
 
-/* attend over the packed rows of m, with an order of rows as wrong as everything else. */
+/* attend over the packed rows of m, with an order of rows as wrong as everything else; with a
+ * correction where m was made with one, which every own mode but ALL takes. */
 static void attend_packed(const problem *p, const pbs_permute_params *m, const int32_t *q_perm,
                           uint64_t seed) {
     const pbs_own own = (pbs_own)(seed % 5);
@@ -30,8 +31,9 @@ static void attend_packed(const problem *p, const pbs_permute_params *m, const i
     s.q = p->q;
     s.k = p->k;
     s.v = p->v;
-    s.packed = m->packed;
+    s.packed = seed % 7 ? m->packed : NULL;
     s.packed_bytes = m->packed_bytes;
+    s.correction = own == PBS_OWN_ALL ? PBS_CORRECTION_NONE : m->correction;
     uint32_t *bits = (uint32_t *)filled(words * sizeof *bits, 0);
     for (size_t i = 0; i < words; i++) bits[i] = rng_next(&r);
     s.bits = bits;
@@ -73,6 +75,7 @@ static void all_but_select(const problem *p, uint64_t seed, const int32_t *k_per
     m.block_size = p->block;
     m.segment_size = p->segment;
     m.mode = PBS_PERMUTE_BOTH;
+    m.correction = (pbs_correction)(seed % 2);
     m.q_perm = (int32_t *)filled(heads * rows * sizeof(int32_t), 0);
     RUN(pbs_kv_packed_bytes(&m, &m.packed_bytes));
     m.packed = aligned_alloc(64, (m.packed_bytes + 63) / 64 * 64);
@@ -103,6 +106,8 @@ static void select_blocks(const problem *p, pbs_select_method method, pbs_permut
     s.segment_size = p->segment;
     s.mode = mode;
     s.method = method;
+    s.normalize = (pbs_normalize)(method == PBS_SELECT_ANTIDIAGONAL &&
+                                  mode != PBS_PERMUTE_QUERIES && mode != PBS_PERMUTE_BOTH);
     s.stride = 8;
     s.rule = (pbs_rule)(q_perm[0] & 3);
     s.bits = (uint32_t *)filled(rows * (size_t)problem_words(p) * sizeof(uint32_t), 0);
@@ -150,7 +155,8 @@ static void test_wrong_values(void) {
 }
 
 static const test_case TESTS[] = {{"score", test_score},        {"permute", test_permute},
-                                  {"select", test_select},      {"attend", test_attend},
+                                  {"select", test_select},      {"select_rows", test_select_rows},
+                                  {"attend", test_attend},      {"correction", test_correction},
                                   {"wrong", test_wrong_values}, {"host", test_host_reads}};
 
 int main(int argc, char **argv) {

@@ -45,7 +45,8 @@ class Case:
         c, name = self.config, str(self.dtype).removeprefix("torch.")
         return (
             f"{name} D={self.head_dim} lengths {self.lengths} permute={c.permute} gqa={c.gqa} "
-            f"select={c.select} order={c.order} block {c.block_size}/{c.segment_size}"
+            f"select={c.select} normalize={c.normalize} correction={c.correction} "
+            f"order={c.order} block {c.block_size}/{c.segment_size}"
         )
 
 
@@ -57,10 +58,12 @@ def cases(few: bool) -> list[Case]:
     """At least three segments of keys in each. The first two, one of each dtype, run every verb."""
     bf16, fp16 = torch.bfloat16, torch.float16
     small = {"block_size": 64, "segment_size": 128}
+    row = {"select": "antidiagonal", "normalize": "row", "correction": "mean"}
+    peak = {**row, "permute": "identity", "reduce": "max", "stride": 16, "rule": "absolute"}
     ragged = ((129, 769), (1, 430))
     found = [
         Case(bf16, 64, ragged, _config(**small)),
-        Case(fp16, 128, ((200, 391), (77, 77)), _config(select="antidiagonal", **small)),
+        Case(fp16, 128, ((200, 391), (77, 77)), _config(**row, **small)),
     ]
     if few:
         return found
@@ -71,6 +74,8 @@ def cases(few: bool) -> list[Case]:
         Case(bf16, 256, ((65, 520),), _config(gqa="group", **small)),
         Case(fp16, 40, ragged, _config(permute="identity", **small)),
         Case(bf16, 72, ((129, 600),), _config(permute="none", rule="budget", tau=0.4)),
+        Case(fp16, 64, ragged, _config(select="antidiagonal", **small)),
+        Case(bf16, 128, ((300, 1700), (90, 1200)), _config(**{**peak, "tau": 0.1})),
     ]
 
 
@@ -122,6 +127,7 @@ class Verbs:
             self.to(score),
             k_perm_in=self.to(k_perm),
             mode=self.config.permute,
+            correction=self.config.correction,
             **self.cut,
         )
 
@@ -138,6 +144,7 @@ class Verbs:
             stride=c.stride,
             reduce=c.reduce,
             rule=c.rule,
+            normalize=c.normalize,
             tau=c.tau,
             return_mass=True,
             **self.cut,
@@ -158,6 +165,7 @@ class Verbs:
             segment_size=c.segment_size,
             gqa=c.gqa,
             own=own_of(c.permute),
+            correction=c.correction,
             return_lse=True,
         )
 
@@ -208,6 +216,8 @@ def compare(case: Case, device: torch.device) -> dict[str, float]:
     bits, _, mass = here.select(k_pool, k_perm, q_perm)
     found["select"] = difference(there.select(k_pool, k_perm, q_perm)[2], mass)
     out, lse = here.attend(bits, packed, q_perm)
+    if case.config.permute == "identity":
+        far_packed = None  # means of blocks are then attend's own
     far_out, far_lse = there.attend(bits, far_packed, q_perm)
     found["attend"] = max(
         difference(rows_of(far_out, case), rows_of(out, case)),

@@ -3,7 +3,12 @@
 
 from __future__ import annotations
 
-SHOWN = ("bench", "break-even", "model")  # whose printed numbers belong into the summary
+SHOWN = (
+    "bench",
+    "bench-peak",
+    "break-even",
+    "model",
+)  # whose printed numbers belong into the summary
 
 
 def tables(output: str, lines: int = 60) -> str:

@@ -88,8 +88,9 @@ def all_steps(m: Machine) -> list[Step]:
     what the emulation looks for too; they get what is left."""
     first = [build(m), ptx(m), doctor(m), kernels(m)]
     cases, on_gpu, large, models = tests(m)
-    bench, break_even = benchmarks(m)
-    return [*first, cases, on_gpu, bench, model(m), large, models, break_even, *sanitizers(m)]
+    bench, peak, break_even = benchmarks(m)
+    rest = [large, models, peak, break_even, *sanitizers(m)]
+    return [*first, cases, on_gpu, bench, model(m), *rest]
 
 
 # ---- build, test_ptx, doctor ---------------------------------------------------------------------
@@ -269,16 +270,18 @@ def _model_judge(status, output):
 def benchmarks(m: Machine) -> list[Step]:
     """`prefill` has the rows of score, permute, select and attend, too."""
     found = []
-    for name, what, more, limit in (
-        ("bench", "every verb at 8k, 32k, 128k beside dense", [], 150),
-        ("break-even", "from which length on sparse is faster", ["--break-even"], 90),
-    ):
+    peak = ["--method", "peak"]
+    for name, file, what, more, limit in (
+        ("bench", "prefill-d128", "every verb at 8k, 32k, 128k beside dense", [], 150),
+        ("bench-peak", "prefill-d128-peak", "the same of the method peak", peak, 120),
+        ("break-even", "break-even-d128", "from which length on sparse is faster",
+         ["--break-even"], 90),
+    ):  # fmt: skip
         command = [m.python, "-m", "benchmarks.prefill", "--device", "cuda", *more, "--quick"]
-        verb = "break-even" if more else "prefill"
-        kept = str(m.results / f"{verb}-d128-quick.json") if m.results else "results"
+        kept = str(m.results / f"{file}-quick.json") if m.results else "results"
         environment = {"NVCC": m.nvcc} if m.nvcc else {}
         step = Step(name, what, [*command, "--json", kept], limit, 30, environment=environment)
-        step.judge = _bench_judge(more)
+        step.judge = _bench_judge(name == "break-even")
         found.append(step)
     return found
 
