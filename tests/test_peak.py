@@ -256,18 +256,19 @@ def test_padding_and_what_lies_beyond_a_sequence_are_not_touched(isa, dtype, wor
 )
 def test_same_bits_on_every_run_for_any_threads_and_strides(isa, dtype, words):
     config = config_of(**words)
-    inputs = make_inputs(102, (4, 2), 1100, dtype=dtype, batch=2)
+    heads, n = ((2, 1), 700) if isa.startswith("emu") else ((4, 2), 1100)
+    inputs = make_inputs(102, heads, n, dtype=dtype, batch=2)
     first = ops.prefill(*inputs, config, isa=isa, **PREFILL)
     threads = torch.get_num_threads()
     try:
-        for num in (1, 2, 3, 3):
+        for num in (1, 2, 3):
             torch.set_num_threads(num)
             again = ops.prefill(*inputs, config, isa=isa, **PREFILL)
             assert same(first, again), f"{num} threads"
     finally:
         torch.set_num_threads(threads)
     for layout in cases.LAYOUTS:
-        laid = make_inputs(102, (4, 2), 1100, dtype=dtype, batch=2, layout=layout)
+        laid = make_inputs(102, heads, n, dtype=dtype, batch=2, layout=layout)
         assert same(first, ops.prefill(*laid, config, isa=isa, **PREFILL)), layout
 
 
