@@ -137,6 +137,22 @@ def test_folders_of_one_model_are_put_together(tmp_path):
     assert data.read([tmp_path]).places[0].windows == place.windows  # a folder of folders
 
 
+def test_times_may_come_from_some_of_the_folders(tmp_path):
+    """Losses are those of the last folder, times those of the timed one, whichever comes first."""
+    quiet = folder(tmp_path / "quiet", everything(labels=("full", "pbs")))
+    busy = [record(label, "a", attention_s=50.0) for label in ("full", "pbs")]
+    busy = folder(tmp_path / "busy", busy + everything(labels=("identity",)))
+    for order in ([quiet, busy], [busy, quiet]):
+        runs = data.read(order, [quiet])
+        point = runs.places[0].point(setting("pbs"))
+        assert point.time.value == pytest.approx(3 / 6)
+        assert runs.places[0].point(setting("identity")).time is None
+        assert runs.notes == ["Times are those of the windows of quiet alone"]
+    assert data.read([quiet, busy]).places[0].point(setting("pbs")).time.value > 0.5
+    with pytest.raises(CommandError, match="--times .*busy is not one of the run folders"):
+        data.read([quiet], [busy])
+
+
 def test_dense_may_be_in_another_folder_but_times_are_not(tmp_path):
     first = folder(tmp_path / "1", everything(labels=("full",)))
     second = folder(tmp_path / "2", everything(labels=("pbs",)))

@@ -85,6 +85,9 @@ def add_arguments(parser):
     group.add_argument("--runs", nargs="+", metavar="DIR",
                        help="run nothing; draw what these run folders of ppl and frontier "
                             "hold")  # fmt: skip
+    group.add_argument("--times", nargs="+", metavar="DIR",
+                       help="with --runs: those of them whose times count, if others ran beside "
+                            "other work")  # fmt: skip
 
 
 def begin(args):
@@ -96,11 +99,13 @@ def begin(args):
         grid() if word.strip() == "grid" else word for word in args.method.split(",")
     )
     if args.runs is None:
+        if args.times:
+            raise CommandError("--times names some of the folders of --runs, which is not given")
         return None
     folder = args.draw or args.out
     if folder is None:
         raise CommandError("--runs needs --draw DIR, a folder for the pictures")
-    draw(frontier_data.read(args.runs), options, folder)
+    draw(frontier_data.read(args.runs, args.times), options, folder)
     return 0
 
 

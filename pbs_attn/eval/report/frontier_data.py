@@ -146,9 +146,11 @@ class Point:
 
     @property
     def time(self):
-        """Delta of the time of attention over that of dense; None where a window has no time."""
+        """Delta of the time of attention over that of dense, over the windows that have both; None
+        if none has."""
         pairs = [(s.seconds, s.dense_seconds) for s in self.samples.values()]
-        return None if any(not a or not b for a, b in pairs) else ratio(pairs)
+        pairs = [pair for pair in pairs if all(pair)]
+        return ratio(pairs) if pairs else None
 
 
 def size(number):
@@ -272,9 +274,10 @@ class Runs:
     notes: list
 
 
-def read(paths):
+def read(paths, times=None):
     """Runs of the run folders `paths`, or of the folders below them.
 
+    times: those of them whose times count, such as the ones that ran on an idle machine; None: all.
     CommandError where one is of another bench, of another model or of another text by the name of
     one that is there, and where no window has a record of dense and of another method.
     """
@@ -295,10 +298,17 @@ def read(paths):
         for name, digest in run["identity"]["texts"].items():
             if texts.setdefault(name, digest) != digest:
                 raise CommandError(f"{path} has another text by the name {name}")
+    timed = {path for path, _, _ in folders} if times is None else set(load.expand(times))
+    unknown = timed - {path for path, _, _ in folders}
+    if unknown:
+        raise CommandError(f"--times {min(unknown)} is not one of the run folders that are drawn")
     dense = _dense(folders)
     found, notes = {}, []
-    for _, run, records in folders:
-        _add(found, run, records, dense, notes)
+    for path, run, records in folders:
+        _add(found, run, records, dense, notes, path in timed)
+    if times is not None:
+        names = ", ".join(path.name for path, _, _ in folders if path in timed)
+        notes.append(f"Times are those of the windows of {names} alone")
     planned = [(run["expected"], records) for _, run, records in folders]
     total = sum(_rows(expected) for expected, _ in planned)
     ok = sum(r["status"] == "ok" for _, records in planned for r in records.values())
@@ -340,8 +350,9 @@ def _dense(folders):
     return found
 
 
-def _add(found, run, records, dense, notes):
-    """Put one folder's records into {(length, prefix): Place}; of two the later counts."""
+def _add(found, run, records, dense, notes, timed):
+    """Put one folder's records into {(length, prefix): Place}; of two the later counts, and the
+    later one that is timed for the time."""
     seconds = {
         _window(r): r.get("attention_s")
         for name in reversed(DENSE) for r in records.values()
@@ -360,7 +371,11 @@ def _add(found, run, records, dense, notes):
         if window[2:] not in place.windows:
             place.windows.append(window[2:])
         samples = place.settings.setdefault(setting(described, label), {})
-        samples[window[2:]] = _sample(record, dense[window], seconds.get(window))
+        sample = _sample(record, dense[window], seconds.get(window))
+        before = samples.get(window[2:], sample._replace(seconds=None))
+        if not timed:
+            sample = sample._replace(seconds=before.seconds, dense_seconds=before.dense_seconds)
+        samples[window[2:]] = sample
 
 
 def _drop_rare(place):
