@@ -5,6 +5,7 @@ import pytest
 import report_runs
 
 from pbs_attn.eval.report import frontier_data as data
+from pbs_attn.eval.report import frontier_read
 
 # Two windows of two blocks of 128 tokens; losses of dense, then differences by setting.
 DENSE = {"a": [3.0, 3.0], "b": [2.0, 2.0]}
@@ -49,7 +50,7 @@ def everything(prefix=0, labels=METHODS):
 
 @pytest.fixture(name="place")
 def place_fixture(tmp_path):
-    (place,) = data.read([folder(tmp_path / "run", everything())]).places
+    (place,) = frontier_read.read([folder(tmp_path / "run", everything())]).places
     return place
 
 

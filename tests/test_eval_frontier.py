@@ -10,7 +10,7 @@ from frontier_runs import DENSE, METHODS, everything, folder, place_fixture, rec
 
 from pbs_attn.cli import CommandError
 from pbs_attn.eval.report import frontier_data as data
-from pbs_attn.eval.report import frontier_tables
+from pbs_attn.eval.report import frontier_read, frontier_tables
 
 # ---- sums by hand --------------------------------------------------------------------------------
 
@@ -56,7 +56,7 @@ def test_interpolation_is_between_two_measured_points_only(place):
 
 def test_incomplete_settings_are_no_ends_of_a_line(tmp_path):
     records = [r for r in everything() if (r["method"], r["task"]) != ("pbs", "b")]
-    (place,) = data.read([folder(tmp_path / "run", records)]).places
+    (place,) = frontier_read.read([folder(tmp_path / "run", records)]).places
     points = place.curves()["pbs"]
     assert [point.complete for point in points] == [True, False]
     assert data.interpolate(points, 0.25) is None
@@ -102,7 +102,7 @@ def test_differences_of_two_methods_are_paired(place):
     ],
 )  # fmt: skip
 def test_settings_of_a_family_differ_in_their_threshold_alone(described, label, wanted):
-    assert data.setting(described, label) == wanted
+    assert frontier_read.setting(described, label) == wanted
 
 
 def test_a_setting_is_written_as_on_the_command_line():
@@ -126,7 +126,7 @@ def test_folders_of_one_model_are_put_together(tmp_path):
     slower = [record("full", text, attention_s=10.0) for text in DENSE]
     second = folder(tmp_path / "2", slower + everything(labels=("identity",)))
     third = folder(tmp_path / "3", everything(prefix=128), prefix=128)
-    runs = data.read([first, second, third])
+    runs = frontier_read.read([first, second, third])
     assert [(p.length, p.prefix, p.slug) for p in runs.places] == [
         (256, 0, "256"), (384, 128, "384-prefix-128"),
     ]  # fmt: skip
@@ -134,7 +134,7 @@ def test_folders_of_one_model_are_put_together(tmp_path):
     assert list(place.families()) == ["pbs", "identity"]
     assert place.point(setting("pbs")).time.value == pytest.approx(3 / 6)
     assert place.point(setting("identity")).time.value == pytest.approx(3 / 20)
-    assert data.read([tmp_path]).places[0].windows == place.windows  # a folder of folders
+    assert frontier_read.read([tmp_path]).places[0].windows == place.windows  # a folder of folders
 
 
 def test_times_may_come_from_some_of_the_folders(tmp_path):
@@ -143,20 +143,20 @@ def test_times_may_come_from_some_of_the_folders(tmp_path):
     busy = [record(label, "a", attention_s=50.0) for label in ("full", "pbs")]
     busy = folder(tmp_path / "busy", busy + everything(labels=("identity",)))
     for order in ([quiet, busy], [busy, quiet]):
-        runs = data.read(order, [quiet])
+        runs = frontier_read.read(order, [quiet])
         point = runs.places[0].point(setting("pbs"))
         assert point.time.value == pytest.approx(3 / 6)
         assert runs.places[0].point(setting("identity")).time is None
         assert runs.notes == ["Times are those of the windows of quiet alone"]
-    assert data.read([quiet, busy]).places[0].point(setting("pbs")).time.value > 0.5
+    assert frontier_read.read([quiet, busy]).places[0].point(setting("pbs")).time.value > 0.5
     with pytest.raises(CommandError, match="--times .*busy is not one of the run folders"):
-        data.read([quiet], [busy])
+        frontier_read.read([quiet], [busy])
 
 
 def test_dense_may_be_in_another_folder_but_times_are_not(tmp_path):
     first = folder(tmp_path / "1", everything(labels=("full",)))
     second = folder(tmp_path / "2", everything(labels=("pbs",)))
-    point = data.read([first, second]).places[0].point(setting("pbs"))
+    point = frontier_read.read([first, second]).places[0].point(setting("pbs"))
     assert point.change.value == pytest.approx(0.05)
     assert point.time is None
 
@@ -174,14 +174,14 @@ def test_what_cannot_be_put_together_is_refused(tmp_path, bench, options, wanted
     identity = {"texts": {"b": "sha-b"}, "prefix": 0} | options
     report_runs.write(tmp_path / "2", bench, everything(), identity=identity)
     with pytest.raises(CommandError, match=wanted):
-        data.read([first, tmp_path / "2"])
+        frontier_read.read([first, tmp_path / "2"])
 
 
 def test_nothing_to_draw_is_said(tmp_path):
     with pytest.raises(CommandError, match="nothing to draw yet"):
-        data.read([folder(tmp_path / "1", everything(labels=("full",)))])
+        frontier_read.read([folder(tmp_path / "1", everything(labels=("full",)))])
     with pytest.raises(CommandError, match="nothing to draw yet"):
-        data.read([folder(tmp_path / "2", everything(labels=("pbs",)))])
+        frontier_read.read([folder(tmp_path / "2", everything(labels=("pbs",)))])
 
 
 def test_failed_rows_are_missing_and_a_rare_window_is_left_out(tmp_path):
@@ -191,7 +191,7 @@ def test_failed_rows_are_missing_and_a_rare_window_is_left_out(tmp_path):
            {("pbs", "b"), ("pbs:tau=0.8", "b")}]  # fmt: skip
     failed = [report_runs.failed(r) for r in records if r["method"] == "pbs" and r["task"] == "b"]
     expected = {label: {text: {"256": 1} for text in DENSE} for label in METHODS}
-    runs = data.read([folder(tmp_path / "1", cut + failed, expected=expected)])
+    runs = frontier_read.read([folder(tmp_path / "1", cut + failed, expected=expected)])
     assert (runs.missing, runs.total) == (2, 8)
     assert runs.places[0].windows == [("a", "0")]
     assert all(point.complete for points in runs.places[0].curves().values() for point in points)
@@ -210,7 +210,9 @@ def test_loss_at_equal_density_by_kind_and_who_has_the_least(tmp_path):
         for text in DENSE
     ]  # fmt: skip
     methods = METHODS | {"identity:tau=0.5": {"method": "identity", "tau": 0.5}}
-    (place,) = data.read([folder(tmp_path / "1", everything() + more, methods=methods)]).places
+    (place,) = frontier_read.read(
+        [folder(tmp_path / "1", everything() + more, methods=methods)]
+    ).places
     table, least = frontier_tables.at(place, WANTED, (0.1, 0.4), data.density_of, "density")
     values = {(row[0], row[1]): row[2:] for row in table.rows}
     assert values["all texts", "pbs"][0] is None

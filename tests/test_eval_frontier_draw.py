@@ -11,8 +11,7 @@ from test_report_plots import coloured, pixels
 
 from pbs_attn import cli
 from pbs_attn.eval import frontier, ppl, store
-from pbs_attn.eval.report import frontier_data as data
-from pbs_attn.eval.report import frontier_plot, plots
+from pbs_attn.eval.report import frontier_plot, frontier_read, plots
 
 # ---- pictures ------------------------------------------------------------------------------------
 
@@ -173,7 +172,7 @@ def test_the_grid_names_methods_that_there_are():
         len(values) for _, values in frontier.GRID.values()
     )
     settings = [
-        data.setting(method.to_dict() | {"min_q": 0, "min_kv": 0}, method.label)
+        frontier_read.setting(method.to_dict() | {"min_q": 0, "min_kv": 0}, method.label)
         for method in found[1:]
     ]
     assert len(set(settings)) == len(settings)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..cli import CommandError, equal_loss, missing
 from . import ppl
-from .report import document, frontier_data, frontier_plot, frontier_tables, load
+from .report import document, frontier_plot, frontier_read, frontier_tables, load
 
 NAME = ppl.NAME
 HELP = "loss against density and against time of attention, every method over its thresholds"
@@ -105,14 +105,14 @@ def begin(args):
     folder = args.draw or args.out
     if folder is None:
         raise CommandError("--runs needs --draw DIR, a folder for the pictures")
-    draw(frontier_data.read(args.runs, args.times), options, folder)
+    draw(frontier_read.read(args.runs, args.times), options, folder)
     return 0
 
 
 def finish(args):
     """At the end of a start, whole or stopped: draw what the run folder holds."""
     try:
-        runs = frontier_data.read([args.out])
+        runs = frontier_read.read([args.out])
     except CommandError as error:
         print(f"\nfrontier: {error}")
         return
