@@ -156,7 +156,7 @@ class PBSConfig:
                 f"PBSConfig: {text!r} is a {method.kind} method; allowed: kernel methods (other "
                 "methods can be given wherever a PBSConfig can)"
             )
-        if "tau" not in method.parameters():
+        if method.BY_LENGTH:
             raise ValueError(
                 f"PBSConfig: {text!r} has a config for each length; allowed: PBSConfig.best(seqlen)"
             )

@@ -268,7 +268,7 @@ def _check_options(config, **options):
     """Raise for options of the kernels beside a method that has none, or sets them itself."""
     if not isinstance(config, methods.Method):
         return
-    if config.kind == "kernel" and "tau" in config.parameters():
+    if config.kind == "kernel" and not config.BY_LENGTH:
         return
     for name, value in options.items():
         if value is not None:

@@ -54,6 +54,7 @@ class _Kernel(Method):
     kind: ClassVar[str] = "kernel"
     DENSITY: ClassVar[str] = "selected causal blocks, the own span included"
     thresholds: ClassVar[str | None] = None
+    BY_LENGTH: ClassVar[bool] = False  # no config of its own: each call's length has one
 
     def config_at(self, seqlen_k):
         """The PBSConfig of a call whose longest sequence has seqlen_k keys."""
@@ -242,6 +243,7 @@ class Best(_Kernel):
     NAME: ClassVar[str] = "best"
     ABOUT: ClassVar[str] = "the recommended setting for the length of each call"
     SOURCE: ClassVar[str] = "pbs_attn/best.py names the file of evidence of each length"
+    BY_LENGTH: ClassVar[bool] = True
 
     def check(self):
         routing = {name: getattr(self, name) for name in ROUTING}
