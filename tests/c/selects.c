@@ -5,6 +5,21 @@
 
 #include "selects.h"
 
+void select_sequences(problem *p) {
+    static const int32_t geometry[4][4] = {
+        {3, 0, 9, 0}, {150, 0, 291, 290}, {0, 30, 2, 1}, {400, 300, 390, 170}};
+    p->batch = 4;
+    p->seqlen_q = 300;
+    p->seqlen_k = 410;
+    p->has_geometry = 1;
+    for (int b = 0; b < 4; b++) {
+        p->q_start[b] = geometry[0][b];
+        p->q_len[b] = geometry[1][b];
+        p->kv_start[b] = geometry[2][b];
+        p->kv_len[b] = geometry[3][b];
+    }
+}
+
 enum { MAX_BLOCKS = 80 };
 
 setup select_setup(const problem *p, pbs_permute_mode mode, uint64_t seed) {

@@ -14,6 +14,9 @@ typedef struct setup {
     pbs_select_params s;
 } setup;
 
+/* Four sequences: prefix, padding, no rows, more queries than keys. */
+void select_sequences(problem *p);
+
 /* Keys in a random order where the mode permutes them; for the caller to change before it runs. */
 setup select_setup(const problem *p, pbs_permute_mode mode, uint64_t seed);
 void select_run(setup *u);

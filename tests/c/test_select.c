@@ -141,18 +141,7 @@ void test_select(void) {
             pbs_dtype dtype = widest_dtype();
             available_isas(dtype, isas);
             problem p = base(dtype, isas[0]);
-            static const int32_t geometry[4][4] = {
-                {3, 0, 9, 0}, {150, 0, 291, 290}, {0, 30, 2, 1}, {400, 300, 390, 170}};
-            p.batch = 4;
-            p.seqlen_q = 300;
-            p.seqlen_k = 410;
-            p.has_geometry = 1;
-            for (int b = 0; b < 4; b++) {
-                p.q_start[b] = geometry[0][b];
-                p.q_len[b] = geometry[1][b];
-                p.kv_start[b] = geometry[2][b];
-                p.kv_len[b] = geometry[3][b];
-            }
+            select_sequences(&p);
             test_one(&p, (pbs_permute_mode)mode, (pbs_select_method)method, PBS_REDUCE_SUM, 64, 3);
         }
 }

@@ -68,20 +68,9 @@ static void test_shapes(pbs_dtype dtype, pbs_isa isa) {
 
 /* Prefix, padding, no rows, more queries than keys; the own span is what differs from HISTORY. */
 static void test_sequences(pbs_dtype dtype, pbs_isa isa) {
-    static const int32_t geometry[4][4] = {
-        {3, 0, 9, 0}, {150, 0, 291, 290}, {0, 30, 2, 1}, {400, 300, 390, 170}};
     for (int mode = PBS_PERMUTE_IDENTITY; mode <= PBS_PERMUTE_KEYS; mode++) {
         problem p = base(dtype, isa);
-        p.batch = 4;
-        p.seqlen_q = 300;
-        p.seqlen_k = 410;
-        p.has_geometry = 1;
-        for (int b = 0; b < 4; b++) {
-            p.q_start[b] = geometry[0][b];
-            p.q_len[b] = geometry[1][b];
-            p.kv_start[b] = geometry[2][b];
-            p.kv_len[b] = geometry[3][b];
-        }
+        select_sequences(&p);
         test_one(&p, (pbs_permute_mode)mode, mode == PBS_PERMUTE_KEYS ? 16 : 64, 5);
     }
 }
