@@ -115,7 +115,7 @@ def test_blocks_hold_128_tokens_and_the_rest():
 def test_scores_are_those_of_the_whole_logits(loaded, monkeypatch):
     model, ids = loaded
     monkeypatch.setattr(measure, "HEAD_CHUNK", 96)
-    reference = measure.prefill(model, ids)
+    reference = scores.Reference(measure.prefill(model, ids))
     with patch_model(model, methods.get(SPARSE + ",min_q=0,min_kv=0")), torch.inference_mode():
         ours = scores.score(model, ids, measure.prefill(model, ids), reference)
         q = model(ids).logits[0].double().log_softmax(-1)
@@ -131,9 +131,31 @@ def test_scores_are_those_of_the_whole_logits(loaded, monkeypatch):
 
 def test_divergence_from_itself_is_zero(loaded):
     model, ids = loaded
-    reference = measure.prefill(model, ids)
-    assert scores.score(model, ids, reference, reference).kl.abs().max() == 0
-    assert scores.score(model, ids, reference).kl is None
+    dense = measure.prefill(model, ids)
+    assert scores.score(model, ids, dense, scores.Reference(dense)).kl.abs().max() == 0
+    assert scores.score(model, ids, dense).kl is None
+
+
+def test_kept_log_probabilities_change_nothing(loaded, monkeypatch):
+    """Kept for all chunks, for one and for none; the head is asked for those that are not kept."""
+    model, ids = loaded
+    monkeypatch.setattr(measure, "HEAD_CHUNK", 96)
+    chunks = -(-ids.shape[1] // 96)
+    dense = measure.prefill(model, ids)
+    with patch_model(model, methods.get(SPARSE + ",min_q=0,min_kv=0")):
+        sparse = measure.prefill(model, ids)
+    one = 96 * model.config.vocab_size * 4
+    found, calls = [], []
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda *a, **k: calls.append(1) or forward(*a, **k))
+    for room in (scores.KEPT_BYTES, one, 0):
+        monkeypatch.setattr(scores, "KEPT_BYTES", room)
+        reference = scores.Reference(dense)
+        for _ in range(2):
+            calls.clear()
+            found.append(scores.score(model, ids, sparse, reference).kl)
+        assert len(calls) - chunks == {one: chunks - 1, 0: chunks}.get(room, 0)
+    assert all(torch.equal(kl, found[0]) for kl in found)
 
 
 def test_dense_loss_is_that_of_transformers(records, loaded):

@@ -118,14 +118,15 @@ def work_all(session, chosen, job, args):
         with session.using(dense):
             cache = measure.prefill(session.model, ids[:, :prefix]).cache
     ranks = parallel.Group(args.tp, session.device)
-    reference, counts = _prefill(session, dense, ids, prefix, cache)
-    base = scores.score(session.model, ids[:, prefix:], reference)
+    run, counts = _prefill(session, dense, ids, prefix, cache)
+    cost = _cost(run, ranks.over_heads(counts))
+    base = scores.score(session.model, ids[:, prefix:], run)
+    reference = scores.Reference(run)
     copied = measure.copied_tokens(ids.cpu())[prefix:]
     for method in sorted(chosen, key=lambda m: m is not dense):
         try:
             if method is dense:
-                record = fields(base, None, copied, prefix)
-                yield method, record | _cost(reference, ranks.over_heads(counts))
+                yield method, fields(base, None, copied, prefix) | cost
                 continue
             run, counts = _prefill(session, method, ids, prefix, cache)
             found = scores.score(session.model, ids[:, prefix:], run, reference)

@@ -16,6 +16,7 @@ from ..cli import measure
 
 BLOCK = 128  # predicted tokens that count as one sample
 FIRST_BAND = 1024  # bands of positions: 0..1K, 1K..2K, 2K..4K, ...
+KEPT_BYTES = 1 << 30  # log-probabilities of a reference that are kept from method to method
 
 
 class Scores(NamedTuple):
@@ -26,11 +27,34 @@ class Scores(NamedTuple):
     kl: torch.Tensor | None  # fp32 [n], KL(reference || this) of the next token, nats
 
 
+class Reference:
+    """Log-probabilities of a dense prefill, a chunk of rows at a time; asked for by every method.
+
+    On a CPU, where the head costs as much as a few layers, the first KEPT_BYTES of them are kept.
+    """
+
+    def __init__(self, run):
+        """run: a measure.Prefill"""
+        self.run = run
+        self._kept = {}
+        self._room = KEPT_BYTES if run.hidden.device.type == "cpu" else 0
+
+    def rows(self, head, rows):
+        """fp32 [n, vocabulary] of the slice `rows`; head: measure.lm_head's function."""
+        found = self._kept.get(rows.start)
+        if found is None:
+            found = F.log_softmax(head(self.run.hidden[:, rows]), -1)
+            if found.nbytes <= self._room:
+                self._kept[rows.start] = found
+                self._room -= found.nbytes
+        return found
+
+
 @torch.inference_mode()
 def score(model, ids, run, reference=None):
     """Scores of the tokens `ids` [1, n], whose hidden states are those of `run`.
 
-    reference: the measure.Prefill of the same tokens by dense attention; None leaves kl out.
+    reference: the Reference of the same tokens; None leaves kl out.
     """
     losses, best, divergences = [], [], []
     with measure.lm_head(model, run.output_type) as head:
@@ -41,8 +65,7 @@ def score(model, ids, run, reference=None):
             targets = ids[0, start + 1 : start + measure.HEAD_CHUNK + 1]
             losses.append(F.nll_loss(ours[: len(targets)], targets, reduction="none"))
             if reference is not None:
-                theirs = F.log_softmax(head(reference.hidden[:, rows]), -1)
-                divergences.append(divergence(theirs, ours))
+                divergences.append(divergence(reference.rows(head, rows), ours))
     kl = None if reference is None else torch.cat(divergences).cpu()
     return Scores(torch.cat(losses).cpu(), torch.cat(best).cpu(), kl)
 
