@@ -32,6 +32,7 @@ NAMES = {
         "sm80": 8,
         "amx": 9,
         "emu_amx": 10,
+        "sm90": 11,
     },
 }
 CONFIG_NAMES = (

@@ -19,6 +19,7 @@ const char *pbs_isa_name(pbs_isa isa) {
     case PBS_ISA_SM80: return "sm80";
     case PBS_ISA_AMX: return "amx";
     case PBS_ISA_EMU_AMX: return "emu_amx";
+    case PBS_ISA_SM90: return "sm90";
     case PBS_ISA_COUNT: break;
     }
     return NULL;

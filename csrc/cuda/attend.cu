@@ -1,24 +1,18 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * attend: order the query blocks by the length of their walks, then run the kernel that
- * attend_instances.inc names for dtype, head_dim and block_q. A correction without packed means
- * begins with making them.
+ * attend_instances_sm90.inc names, on 9.0, or else attend_instances.inc, for dtype, head_dim and
+ * block_q. A correction without packed means begins with making them.
  */
 #include "cuda.h"
 
+#include "attend_run.cuh"
 #include "attend_sm80.cuh"
 #include "launch.cuh"
 #include "means.cuh"
-#include "order.cuh"
 
 namespace pbs {
 namespace {
-
-struct attend_run {
-    attend_args args;
-    order_args order;
-    bool corrects;
-};
 
 /* All but the pointers into the workspace. */
 attend_args args_of(const pbs_attend_params *p, const pbs_dims *d) {
@@ -57,6 +51,7 @@ size_t cut(attend_run *run, void *workspace) {
     run->order.count =
         static_cast<int32_t *>(pbs_arena_take(&arena, groups, ORDER_BUCKETS, sizeof(int32_t)));
     run->args.order = run->order.order;
+    run->order.taken = static_cast<int32_t *>(pbs_arena_take(&arena, 1, 1, sizeof(int32_t)));
     if (run->corrects && !run->args.packed) {
         const int64_t owners = static_cast<int64_t>(d.batch) * d.heads_k;
         const size_t row = static_cast<size_t>(d.head_dim) * sizeof(uint16_t);
@@ -137,7 +132,6 @@ size_t pbs_cuda_attend_bytes(const pbs_attend_params *p, const pbs_dims *d, cons
 }
 
 pbs_status pbs_cuda_attend(const pbs_attend_params *p, const pbs_dims *d, const void *kernels) {
-    (void)kernels;
     PBS_TRY(pbs::check(p));
     const int64_t items = static_cast<int64_t>(d->batch) * d->heads_q * d->blocks_q;
     if (items == 0) return PBS_OK;
@@ -153,5 +147,9 @@ pbs_status pbs_cuda_attend(const pbs_attend_params *p, const pbs_dims *d, const 
     PBS_TRY(PBS_LAUNCH(p->exec, pbs::order_place, groups, pbs::ORDER_THREADS,
                        sizeof(pbs::order_plan), run.order));
     PBS_TRY(pbs::launch_means(p->exec, run));
+    bool taken = false;
+    if (pbs_cuda_isa(kernels) == PBS_ISA_SM90)
+        PBS_TRY(pbs::launch_attend_sm90(p->exec, run, &taken));
+    if (taken) return PBS_OK;
     return pbs::launch_instance(p->exec, run);
 }

@@ -6,21 +6,29 @@
 
 #include "cuda.h"
 
-static int available(pbs_isa isa) { return isa == PBS_ISA_SM80; }
+/* Kernels for 9.0 beside the portable ones, which run whatever those have no instance for. */
+static const pbs_isa SM80 = PBS_ISA_SM80, SM90 = PBS_ISA_SM90;
+
+static int available(pbs_isa isa) { return isa == SM80 || isa == SM90; }
 
 static const char *missing(pbs_isa isa) { return available(isa) ? NULL : "not in this build"; }
 
-/* One set of kernels, so there is nothing to hand on: NULL stands for it. */
+/* What is handed on is a pointer to the isa: the drivers know their kernels. */
 static pbs_status choose(const pbs_exec *exec, pbs_dtype dtype, const void **kernels,
                          pbs_isa *isa) {
+    const int hopper = pbs_cuda_capability(exec->device) == 90;
     if (exec->isa != PBS_ISA_AUTO && !available(exec->isa))
-        return pbs_fail(PBS_ERR_UNSUPPORTED, "exec.isa: %s; CUDA calls run sm80",
+        return pbs_fail(PBS_ERR_UNSUPPORTED, "exec.isa: %s; CUDA calls run sm80 and sm90",
                         pbs_isa_name(exec->isa));
+    if (exec->isa == SM90 && !hopper)
+        return pbs_fail(PBS_ERR_UNSUPPORTED,
+                        "exec.isa: sm90; device %d is not of compute capability 9.0",
+                        (int)exec->device);
     if (dtype != PBS_DTYPE_FP16 && dtype != PBS_DTYPE_BF16)
         return pbs_fail(PBS_ERR_UNSUPPORTED, "dtype: %d; fp16 (2) and bf16 (3) run on CUDA",
                         (int)dtype);
-    *kernels = NULL;
-    *isa = PBS_ISA_SM80;
+    *kernels = hopper && exec->isa != SM80 ? &SM90 : &SM80;
+    *isa = pbs_cuda_isa(*kernels);
     return PBS_OK;
 }
 

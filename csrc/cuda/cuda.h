@@ -35,9 +35,14 @@ pbs_status pbs_cuda_attend(const pbs_attend_params *p, const pbs_dims *d, const 
 /* Rows are moved 16 bytes at a time: base and strides must be multiples of that. */
 pbs_status pbs_cuda_check_aligned(const char *name, const pbs_view *view);
 
+/* Which kernels a call runs: what stands behind the pointer that choose hands on. */
+static inline pbs_isa pbs_cuda_isa(const void *kernels) { return *(const pbs_isa *)kernels; }
+
 /* Compute capability of a device as 10 * major + minor (sm_86: 86), 0 if it cannot be asked. Asked
  * of the driver once; needs no synchronisation. */
 int pbs_cuda_capability(int32_t device);
+/* How many multiprocessors a device has, at least 1. */
+int32_t pbs_cuda_multiprocessors(int32_t device);
 /* Why no kernel of this library runs there, or NULL. */
 const char *pbs_cuda_refuses(int32_t device);
 /* Makes device current for the calling thread; *previous is for pbs_cuda_leave. */

@@ -18,6 +18,13 @@ int pbs_cuda_capability(int32_t device) {
     return 10 * major + minor;
 }
 
+int32_t pbs_cuda_multiprocessors(int32_t device) {
+    int count = 1;
+    if (cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess)
+        cudaGetLastError(); /* not to be found by the next launch */
+    return count;
+}
+
 pbs_status pbs_cuda_enter(int32_t device, int32_t *previous) {
     int current = device;
     cudaError_t error = cudaGetDevice(&current);
@@ -34,7 +41,13 @@ void pbs_cuda_leave(int32_t device, int32_t previous) {
 
 int pbs_cuda_capability(int32_t device) {
     (void)device;
-    return 80;
+    return 90;
+}
+
+/* So that persistent kernels have several blocks. */
+int32_t pbs_cuda_multiprocessors(int32_t device) {
+    (void)device;
+    return 3;
 }
 
 pbs_status pbs_cuda_enter(int32_t device, int32_t *previous) {

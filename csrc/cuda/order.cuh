@@ -25,6 +25,7 @@ struct order_args {
     uint8_t *bucket; /* [items] */
     int32_t *count;  /* [groups, BUCKETS] */
     int32_t *order;  /* [items] out */
+    int32_t *taken;  /* out: 0, what kernels that share out row blocks count from */
 };
 
 static inline int32_t order_groups(int32_t items) { return pbs_ceil_div(items, ORDER_THREADS); }
@@ -68,6 +69,7 @@ PBS_KERNEL(ORDER_THREADS, 1) order_place(order_args o) {
     PBS_SHARED(order_plan, plan);
     const int32_t thread = threadIdx.x, group = blockIdx.x, groups = gridDim.x;
     const int32_t item = group * ORDER_THREADS + thread;
+    if (item == 0) *o.taken = 0;
     int32_t before = 0, total = 0; /* items of bucket `thread`: in earlier groups, in all */
     for (int32_t g = 0; g < groups; g++) {
         if (g == group) before = total;

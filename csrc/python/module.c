@@ -308,12 +308,14 @@ PyDoc_STRVAR(
     "cpu_capabilities() -> dict[str, bool]\n\nInstruction set -> compiled in, and this CPU "
     "can run it.");
 
+static int on_gpu(int isa) { return isa == PBS_ISA_SM80 || isa == PBS_ISA_SM90; }
+
 static PyObject *cpu_capabilities(PyObject *self, PyObject *unused) {
     (void)self, (void)unused;
     PyObject *dict = PyDict_New();
     if (!dict) return NULL;
     for (int isa = PBS_ISA_AUTO + 1; isa < PBS_ISA_COUNT; isa++) {
-        const char *name = isa == PBS_ISA_SM80 ? NULL : pbs_isa_name((pbs_isa)isa);
+        const char *name = on_gpu(isa) ? NULL : pbs_isa_name((pbs_isa)isa);
         if (!name) continue;
         if (set_item(dict, name, PyBool_FromLong(pbs_isa_available((pbs_isa)isa))) < 0) {
             Py_DECREF(dict);
@@ -332,7 +334,7 @@ static PyObject *missing_isas(PyObject *self, PyObject *unused) {
     PyObject *dict = PyDict_New();
     if (!dict) return NULL;
     for (int isa = PBS_ISA_AUTO + 1; isa < PBS_ISA_COUNT; isa++) {
-        const char *name = isa == PBS_ISA_SM80 ? NULL : pbs_isa_name((pbs_isa)isa);
+        const char *name = on_gpu(isa) ? NULL : pbs_isa_name((pbs_isa)isa);
         const char *why = pbs_isa_missing((pbs_isa)isa);
         if (!name || !why) continue;
         if (set_item(dict, name, PyUnicode_FromString(why)) < 0) {

@@ -33,12 +33,6 @@ class Exec {
 
 #else
 
-#if defined(PBS_EMULATED_LIBRARY)
-constexpr int64_t DEFAULT_ISA = PBS_ISA_SM80;
-#else
-constexpr int64_t DEFAULT_ISA = PBS_ISA_AUTO;
-#endif
-
 /* torch's thread pool as pbs_parallel_for_fn. Nothing may be thrown through the C core, so a
  * failure is noted and thrown by finish(). */
 class Exec {
@@ -59,7 +53,7 @@ class Exec {
         c.parallel_for = &Exec::parallel_for;
         c.pool = this;
         c.num_threads = Fork::lost() ? 1 : static_cast<int32_t>(threads);
-        c.isa = to_enum<pbs_isa>("isa", isa ? isa : DEFAULT_ISA);
+        c.isa = to_enum<pbs_isa>("isa", isa);
     }
     Exec(const Exec &) = delete; /* c.pool points here */
 

@@ -121,6 +121,7 @@ typedef enum pbs_isa {
     PBS_ISA_SM80 = 8, /* CUDA, compute capability 8.0 and up */
     PBS_ISA_AMX = 9,  /* AMX-BF16 tiles beside AVX-512 */
     PBS_ISA_EMU_AMX = 10,
+    PBS_ISA_SM90 = 11, /* CUDA, compute capability 9.0 */
     PBS_ISA_COUNT
 } pbs_isa;
 

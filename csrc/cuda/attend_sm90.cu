@@ -1,0 +1,143 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * attend on 9.0: the tensor maps of a call, and the kernel that attend_instances_sm90.inc names for
+ * dtype and head_dim. What no map can address, and what the kernel has no tiles for, is left to
+ * attend_sm80.cuh.
+ */
+#include "attend_run.cuh"
+#include "attend_sm90.cuh"
+#include "cuda.h"
+#include "launch.cuh"
+
+namespace pbs {
+namespace {
+
+template <int D, int N, int KV, int Q, bool TURNS, bool MEANS> struct shape {
+    static constexpr int HEAD_DIM = D, BLOCK_N = N, KV_STAGES = KV, Q_STAGES = Q;
+    static constexpr bool PING_PONG = TURNS, CORRECTED = MEANS, DYNAMIC = true;
+};
+
+/* ---- maps ------------------------------------------------------------------------------------ */
+/* Boxes of ROWS rows of one chunk of tiles of D columns. */
+template <int ROWS, int D> pbs_status map_of(tensor_map *map, tensor_shape shape) {
+    using tile = sm90::matrix<ROWS, D>;
+    shape.rank = 4;
+    shape.mode = tile::MODE;
+    shape.box[0] = tile::CHUNK;
+    shape.box[1] = ROWS;
+    shape.box[2] = shape.box[3] = 1;
+    return make_tensor_map(map, shape);
+}
+
+/* A dimension with stride 0 is not there: the kernel's coordinate is 0 in it. */
+template <int ROWS, int D> pbs_status map_of_view(tensor_map *map, const pbs_view &view) {
+    tensor_shape shape = {};
+    shape.base = view.data;
+    shape.size[0] = view.size[3];
+    for (int i = 1; i < 4; i++) {
+        const int64_t stride = view.stride[3 - i];
+        shape.size[i] = stride || i == 1 ? view.size[3 - i] : 1;
+        shape.stride[i] = stride * static_cast<int64_t>(sizeof(uint16_t));
+    }
+    return map_of<ROWS, D>(map, shape);
+}
+
+/* rows x head_dim of every head, contiguous; none: no tile comes from there. */
+template <int ROWS, int D>
+pbs_status map_of_rows(tensor_map *map, const void *base, const pbs_dims &d, int32_t rows,
+                       int32_t heads) {
+    if (rows == 0) return PBS_OK;
+    const int64_t row = d.head_dim * static_cast<int64_t>(sizeof(uint16_t));
+    tensor_shape shape = {};
+    shape.base = base;
+    shape.size[0] = d.head_dim;
+    shape.size[1] = rows;
+    shape.size[2] = heads;
+    shape.size[3] = d.batch;
+    shape.stride[1] = row;
+    shape.stride[2] = row * rows;
+    shape.stride[3] = row * rows * heads;
+    return map_of<ROWS, D>(map, shape);
+}
+
+template <class S>
+pbs_status map_packed(sm90::kv_maps *maps, const attend_args &a, int64_t k, int64_t v,
+                      int32_t rows) {
+    constexpr int N = S::BLOCK_N, D = S::HEAD_DIM;
+    PBS_TRY((map_of_rows<N, D>(&maps->k, a.packed + k, a.dims, rows, a.dims.heads_p)));
+    return map_of_rows<N, D>(&maps->v, a.packed + v, a.dims, rows, a.dims.heads_p);
+}
+
+template <class S> pbs_status make_maps(sm90::maps *maps, const attend_args &a) {
+    constexpr int N = S::BLOCK_N, D = S::HEAD_DIM;
+    const pbs_dims &d = a.dims;
+    PBS_TRY((map_of_view<sm90::GROUP_ROWS, D>(&maps->q, a.q)));
+    PBS_TRY((map_of_view<sm90::GROUP_ROWS, D>(&maps->out, a.out)));
+    PBS_TRY((map_of_view<N, D>(&maps->original.k, a.k)));
+    PBS_TRY((map_of_view<N, D>(&maps->original.v, a.v)));
+    if (a.packed && a.takes_permuted)
+        PBS_TRY(map_packed<S>(&maps->permuted, a, a.permuted.k, a.permuted.v, a.permuted.rows));
+    if (!S::CORRECTED) return PBS_OK;
+    if (!a.packed) {
+        PBS_TRY((map_of_rows<N, D>(&maps->means[0].k, a.k_mean, d, d.blocks_k, d.heads_k)));
+        return map_of_rows<N, D>(&maps->means[0].v, a.v_mean, d, d.blocks_k, d.heads_k);
+    }
+    PBS_TRY(map_packed<S>(&maps->means[0], a, a.natural.k_mean, a.natural.v_mean, d.blocks_k));
+    if (!a.takes_permuted) return PBS_OK;
+    return map_packed<S>(&maps->means[1], a, a.permuted.k_mean, a.permuted.v_mean, d.blocks_k);
+}
+
+/* ---- launch ---------------------------------------------------------------------------------- */
+#if defined(__CUDACC__)
+/* Built without 9.0a, these kernels are traps. */
+template <class K> bool is_built(K kernel) {
+    cudaFuncAttributes attributes;
+    if (cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess)
+        return attributes.ptxVersion >= 90;
+    cudaGetLastError(); /* not to be found by the next launch */
+    return false;
+}
+#else
+template <class K> bool is_built(K) { return true; }
+#endif
+
+/* Tiles are whole parts of blocks, and rows stand in their own order. */
+template <class S> bool serves(const attend_args &a) {
+    const pbs_dims &d = a.dims;
+    if (a.q_perm || d.block_q % sm90::BLOCK_M != 0) return false;
+    if (a.own != PBS_OWN_ALL && d.block_k % S::BLOCK_N != 0) return false;
+    return d.seqlen_q > 0 && d.seqlen_k > 0;
+}
+
+template <class T, class S>
+pbs_status launch_shape(const pbs_exec &exec, const attend_run &run, bool *taken) {
+    sm90::arguments a = {};
+    a.attend = run.args;
+    if (!serves<S>(a.attend) || !is_built(sm90::attend_kernel<T, S>)) return PBS_OK;
+    const pbs_status mapped = make_maps<S>(&a.map, a.attend);
+    if (mapped == PBS_ERR_UNSUPPORTED) return PBS_OK; /* strides that no map has */
+    PBS_TRY(mapped);
+    a.parts = a.attend.dims.block_q / sm90::BLOCK_M;
+    a.row_blocks = run.order.items * a.parts;
+    a.taken = run.order.taken;
+    *taken = true;
+    const int32_t blocks = pbs_min_i32(a.row_blocks, pbs_cuda_multiprocessors(exec.device));
+    return PBS_LAUNCH(exec, (sm90::attend_kernel<T, S>), blocks, sm90::THREADS,
+                      sizeof(sm90::plan<S>), a);
+}
+
+} // namespace
+
+pbs_status launch_attend_sm90(const pbs_exec &exec, const attend_run &run, bool *taken) {
+    const pbs_dims &d = run.args.dims;
+    *taken = false;
+#define INSTANCE(dtype_, T, D, N, KV, Q, TURNS)                                                  \
+    if (d.dtype == dtype_ && d.head_dim <= D)                                                    \
+        return run.corrects ? launch_shape<T, shape<D, N, KV, Q, TURNS, true>>(exec, run, taken) \
+                            : launch_shape<T, shape<D, N, KV, Q, TURNS, false>>(exec, run, taken);
+#include "attend_instances_sm90.inc"
+#undef INSTANCE
+    return PBS_OK;
+}
+
+} // namespace pbs

@@ -1,0 +1,241 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * What a consumer group of attend_sm90.cuh does with a tile: products, masks, online softmax, and
+ * the way out. 128 threads own 64 rows; a thread holds two of them, row g and row g + 8 of its
+ * warp's 16, and of an accumulator the elements of row r are those with e / 2 % 2 == r
+ * (descriptor.cuh).
+ */
+#ifndef PBS_CUDA_ATTEND_SM90_STEPS_CUH
+#define PBS_CUDA_ATTEND_SM90_STEPS_CUH
+
+#include "attend_sm90_plan.cuh"
+#include "softmax.cuh"
+
+namespace pbs {
+namespace sm90 {
+
+enum tile_kind { CLEAN, CAUSAL, MEANS };
+
+/* What a thread keeps over the steps of a row block. */
+template <class S> struct consumer {
+    float acc_o[S::HEAD_DIM / 2];
+    uint32_t p[S::BLOCK_N / 4]; /* of the tile whose P V is due, packed */
+    float row_max[2];           /* log2 units, see softmax.cuh */
+    float row_sum[2];           /* this thread's share */
+};
+
+/* Of the group, for the life of the kernel. */
+template <class S> struct consumer_rings {
+    ring<S::Q_STAGES> q;
+    ring<S::KV_STAGES> k, v;
+};
+
+PBS_DEVICE bool group_leader() { return threadIdx.x % GROUP_THREADS == 0; }
+
+/* ---- products -------------------------------------------------------------------------------- */
+/* acc_s[64, BLOCK_N] = Q K^T: both K-major, 16 of D a wgmma. Q and K rows are chunks of the
+ * swizzle's width, so 16 of D are 32 bytes further on in a chunk. */
+template <class T, class S, int N>
+PBS_DEVICE void issue_qk(float (&acc_s)[N], const matrix<GROUP_ROWS, S::HEAD_DIM> &q,
+                         const matrix<S::BLOCK_N, S::HEAD_DIM> &k) {
+    using q_tile = matrix<GROUP_ROWS, S::HEAD_DIM>;
+    using k_tile = matrix<S::BLOCK_N, S::HEAD_DIM>;
+    const uint64_t a =
+        matrix_descriptor(ptx::shared_address(q.element), 16, q_tile::EIGHT_ROWS, q_tile::MODE);
+    const uint64_t b =
+        matrix_descriptor(ptx::shared_address(k.element), 16, k_tile::EIGHT_ROWS, k_tile::MODE);
+    ptx::wgmma_fence();
+    PBS_UNROLL
+    for (int j = 0; j < S::HEAD_DIM / 16; j++) {
+        const uint32_t chunk = 16 * j / q_tile::CHUNK, inside = 16 * j % q_tile::CHUNK * 2;
+        ptx::wgmma_ss<T, 0>(acc_s, descriptor_at(a, chunk * q_tile::CHUNK_BYTES + inside),
+                            descriptor_at(b, chunk * k_tile::CHUNK_BYTES + inside), j > 0);
+    }
+    ptx::wgmma_commit();
+}
+
+/* acc_o[64, D] += P V: P from registers, V as stored, MN-major, 16 keys a wgmma. */
+template <class T, class S>
+PBS_DEVICE void issue_pv(consumer<S> &c, const matrix<S::BLOCK_N, S::HEAD_DIM> &v) {
+    using tile = matrix<S::BLOCK_N, S::HEAD_DIM>;
+    const uint64_t b = matrix_descriptor(ptx::shared_address(v.element), tile::CHUNK_BYTES,
+                                         tile::EIGHT_ROWS, tile::MODE);
+    ptx::wgmma_fence();
+    PBS_UNROLL
+    for (int j = 0; j < S::BLOCK_N / 16; j++)
+        ptx::wgmma_rs<T, 1>(c.acc_o, &c.p[4 * j], descriptor_at(b, j * 2 * tile::EIGHT_ROWS), 1);
+    ptx::wgmma_commit();
+}
+
+/* ---- logits ---------------------------------------------------------------------------------- */
+/* Row of this thread within the row block. */
+PBS_DEVICE int32_t thread_row(int group, int r) {
+    return static_cast<int32_t>(group * GROUP_ROWS +
+                                accumulator_row(threadIdx.x % GROUP_THREADS, 2 * r));
+}
+
+/* -inf where a row does not see a key: key > q_offset + row. */
+template <int N>
+PBS_DEVICE void mask_scores(float (&acc_s)[N], const attend_job &job, int group, int32_t key) {
+    PBS_UNROLL
+    for (int r = 0; r < 2; r++) {
+        /* Columns of the tile that the row sees, counted from this thread's first one. */
+        const int32_t limit = job.seq.q_offset + job.first + thread_row(group, r) + 1 - key -
+                              static_cast<int32_t>(accumulator_column(threadIdx.x % 128, 0));
+        PBS_UNROLL
+        for (int e = 2 * r; e < N; e += 4) {
+            if (e / 4 * 8 >= limit) acc_s[e] = minus_infinity();
+            if (e / 4 * 8 + 1 >= limit) acc_s[e + 1] = minus_infinity();
+        }
+    }
+}
+
+/* Products with means to logits in log2 units: a mean counts as often as its block has keys. */
+template <int N>
+PBS_DEVICE void weigh_means(float (&acc_s)[N], const uint32_t (&dropped)[4], const attend_args &a) {
+    const uint32_t first = accumulator_column(threadIdx.x % 128, 0);
+    PBS_UNROLL
+    for (int e = 0; e < N; e++) {
+        const int column = e / 4 * 8 + e % 2;
+        const bool on = dropped[column / 32] >> first >> column % 32 & 1;
+        const float logit = fmaf(acc_s[e], a.softmax_scale_log2, a.mean_bias);
+        acc_s[e] = on ? logit : minus_infinity();
+    }
+}
+
+/* acc_s = 2^(scale_log2 * acc_s - row_max) under the new maxima; scores_scale[r]: what was summed
+ * before is worth now. Only if not CLEAN may logits be -inf; see softmax_step of softmax.cuh. */
+template <tile_kind KIND, class S, int N>
+PBS_DEVICE void softmax_step(consumer<S> &c, float (&acc_s)[N], float (&scores_scale)[2],
+                             float scale_log2) {
+    PBS_UNROLL
+    for (int r = 0; r < 2; r++) {
+        float tile_max = fmaxf(acc_s[2 * r], acc_s[2 * r + 1]);
+        PBS_UNROLL
+        for (int e = 2 * r + 4; e < N; e += 4)
+            tile_max = fmaxf(tile_max, fmaxf(acc_s[e], acc_s[e + 1]));
+        const float row_max = fmaxf(c.row_max[r], quad_max(tile_max) * scale_log2);
+        const float base = KIND != CLEAN && row_max == minus_infinity() ? 0.0f : row_max;
+        scores_scale[r] = ptx::ex2(c.row_max[r] - base);
+        float sum = 0.0f;
+        PBS_UNROLL
+        for (int e = 2 * r; e < N; e += 4) {
+            acc_s[e] = ptx::ex2(fmaf(acc_s[e], scale_log2, -base));
+            acc_s[e + 1] = ptx::ex2(fmaf(acc_s[e + 1], scale_log2, -base));
+            sum += acc_s[e] + acc_s[e + 1];
+        }
+        c.row_max[r] = row_max;
+        c.row_sum[r] = c.row_sum[r] * scores_scale[r] + sum;
+    }
+}
+
+template <int N> PBS_DEVICE void scale_rows(float (&acc)[N], const float (&by)[2]) {
+    PBS_UNROLL
+    for (int e = 0; e < N; e++) acc[e] *= by[e / 2 % 2];
+}
+
+/* Accumulator layout is operand layout: neighbours become the halves of a word. */
+template <class T, class S, int N> PBS_DEVICE void pack_p(consumer<S> &c, const float (&acc_s)[N]) {
+    PBS_UNROLL
+    for (int i = 0; i < N / 2; i++) c.p[i] = ptx::pack<T>(acc_s[2 * i], acc_s[2 * i + 1]);
+}
+
+/* ---- the way out ----------------------------------------------------------------------------- */
+/* acc_o becomes O, row_sum the lse in natural log; a row that has seen no key: 0 and -inf. */
+template <class S> PBS_DEVICE void softmax_finish(consumer<S> &c) {
+    float inverse[2];
+    PBS_UNROLL
+    for (int r = 0; r < 2; r++) {
+        const float sum = quad_sum(c.row_sum[r]);
+        const bool no_key = sum == 0.0f;
+        inverse[r] = no_key ? 0.0f : 1.0f / sum;
+        c.row_sum[r] = no_key ? minus_infinity() : (c.row_max[r] + ptx::lg2(sum)) * LN_2;
+    }
+    scale_rows(c.acc_o, inverse);
+}
+
+template <class S>
+PBS_DEVICE void store_lse(const consumer<S> &c, const attend_args &a, const attend_job &job,
+                          int group) {
+    if (!job.lse || threadIdx.x % 4 != 0) return;
+    PBS_UNROLL
+    for (int r = 0; r < 2; r++) {
+        const int32_t row = job.first + thread_row(group, r);
+        if (row < job.seq.q_len) job.lse[row * a.lse.stride[2]] = c.row_sum[r];
+    }
+}
+
+/* O into the tile where Q was, 16 columns a step: a lane names one row of one 8x8 matrix, and these
+ * are rows 0-7 and 8-15 of the warp, then the same of the next 8 columns. */
+template <class T, class S>
+PBS_DEVICE void stage_out(const consumer<S> &c, matrix<GROUP_ROWS, S::HEAD_DIM> &to) {
+    using tile = matrix<GROUP_ROWS, S::HEAD_DIM>;
+    const uint32_t thread = threadIdx.x % GROUP_THREADS, lane = thread % 32;
+    const uint32_t row = thread / 32 * 16 + lane % 16, right = lane / 16 * 8;
+    const uint32_t base = ptx::shared_address(to.element);
+    PBS_UNROLL
+    for (int j = 0; j < S::HEAD_DIM / 16; j++) {
+        const uint32_t column = j * 16 + right;
+        const uint32_t at =
+            column / tile::CHUNK * tile::CHUNK_BYTES + row * tile::WIDTH + column % tile::CHUNK * 2;
+        uint32_t words[4];
+        PBS_UNROLL
+        for (int i = 0; i < 4; i++)
+            words[i] = ptx::pack<T>(c.acc_o[8 * j + 2 * i], c.acc_o[8 * j + 2 * i + 1]);
+        ptx::stmatrix_x4(base + swizzled(tile::MODE, at), words);
+    }
+}
+
+/* The rows that exist, 16 bytes a thread: where others of the tensor follow them. */
+template <class S>
+PBS_DEVICE void copy_out(const matrix<GROUP_ROWS, S::HEAD_DIM> &from, const attend_args &a,
+                         const attend_job &job, int32_t first) {
+    using tile = matrix<GROUP_ROWS, S::HEAD_DIM>;
+    const unsigned char *staged = reinterpret_cast<const unsigned char *>(from.element);
+    const int32_t rows = pbs_min_i32(job.seq.q_len - first, GROUP_ROWS);
+    const int32_t pieces = a.dims.head_dim / PIECE;
+    for (int32_t i = threadIdx.x % GROUP_THREADS; i < rows * pieces; i += GROUP_THREADS) {
+        const int32_t row = i / pieces, column = i % pieces * PIECE;
+        const uint32_t at =
+            column / tile::CHUNK * tile::CHUNK_BYTES + row * tile::WIDTH + column % tile::CHUNK * 2;
+        uint16_t *to = job.out.first + (first + row) * job.out.stride + column;
+        *reinterpret_cast<uint4 *>(to) =
+            *reinterpret_cast<const uint4 *>(staged + swizzled(tile::MODE, at));
+    }
+}
+
+/* The group's 64 rows of O. Afterwards its tile of Q is free. */
+template <class T, class S>
+PBS_DEVICE void store_rows(const arguments &a, const row_block &block, int group, consumer<S> &c,
+                           matrix<GROUP_ROWS, S::HEAD_DIM> &tile) {
+    using rows = matrix<GROUP_ROWS, S::HEAD_DIM>;
+    const attend_job &job = block.job;
+    const int32_t first = job.first + group * GROUP_ROWS;
+    softmax_finish(c);
+    store_lse(c, a.attend, job, group);
+    stage_out<T>(c, tile);
+    ptx::fence_proxy_async();
+    ptx::bar_sync(GROUP_BARRIER + group, GROUP_THREADS); /* all 64 rows are there */
+    /* The copy engine drops what lies behind the tensor, but not what lies behind the sequence. */
+    const bool whole = first + GROUP_ROWS <= job.seq.q_len ||
+                       job.seq.q_start + job.seq.q_len >= a.attend.dims.seqlen_q;
+    if (!whole) {
+        copy_out<S>(tile, a.attend, job, first);
+        ptx::bar_sync(GROUP_BARRIER + group, GROUP_THREADS); /* all have read them */
+    } else if (group_leader()) {
+        const int32_t row = static_cast<int32_t>(job.seq.q_start) + first;
+        const int32_t head = a.attend.out.stride[1] ? job.item.hq : 0;
+        const int32_t batch = a.attend.out.stride[0] ? job.item.b : 0;
+        PBS_UNROLL
+        for (int i = 0; i < rows::CHUNKS; i++)
+            ptx::tma_store(&a.map.out, ptx::shared_address(tile.element) + i * rows::CHUNK_BYTES,
+                           {i * rows::CHUNK, row, head, batch});
+        ptx::tma_store_commit();
+        ptx::tma_store_wait_read<0>();
+    }
+}
+
+} // namespace sm90
+} // namespace pbs
+
+#endif /* PBS_CUDA_ATTEND_SM90_STEPS_CUH */
