@@ -34,39 +34,39 @@ template <int ROWS, int D>
 PBS_DEVICE void load(matrix<ROWS, D> &to, const tensor_map &map, uint64_t &barrier, int32_t row,
                      int32_t head, int32_t batch, uint64_t policy) {
     using tile = matrix<ROWS, D>;
-    PBS_UNROLL
+    PBS_NO_UNROLL
     for (int c = 0; c < tile::CHUNKS; c++)
         ptx::tma_load(ptx::shared_address(to.element) + c * tile::CHUNK_BYTES, &map,
                       ptx::shared_address(&barrier), {c * tile::CHUNK, row, head, batch}, policy);
 }
 
-/* Where a tile lies in its maps. */
-struct tile_source {
-    const kv_maps *map;
-    int32_t row, head_k, head_v, batch_k, batch_v;
-};
-
-template <class S>
-PBS_DEVICE tile_source source_of(const arguments &a, const row_block &block, int32_t key) {
-    const pbs_dims &d = a.attend.dims;
+/* Where this row block's tiles lie; one thread. */
+template <class S> PBS_DEVICE void find_sources(const arguments &a, row_block &block) {
+    const attend_args &args = a.attend;
     const attend_item i = block.job.item;
-    const int32_t owner = pbs_owner_head(&d, i.hq), hk = i.hq / d.group;
-    if (S::CORRECTED && key < 0) {
-        const attend_args &args = a.attend;
-        const int32_t head = args.packed ? owner : hk;
-        const bool permuted =
-            args.packed &&
-            reinterpret_cast<const packed_header *>(args.packed)->call != args.natural.call;
-        return {&a.map.means[permuted], mean_at(key), head, head, i.b, i.b};
-    }
-    if (block.permuted && key < block.job.span.own_begin)
-        return {&a.map.permuted, key, owner, owner, i.b, i.b};
-    return {&a.map.original,
-            static_cast<int32_t>(block.job.seq.kv_start) + key,
-            coordinate(a.attend.k, 1, hk),
-            coordinate(a.attend.v, 1, hk),
-            coordinate(a.attend.k, 0, i.b),
-            coordinate(a.attend.v, 0, i.b)};
+    const int32_t owner = pbs_owner_head(&args.dims, i.hq), hk = i.hq / args.dims.group;
+    block.own = {&a.map.original,
+                 static_cast<int32_t>(block.job.seq.kv_start),
+                 {coordinate(args.k, 1, hk), coordinate(args.v, 1, hk)},
+                 {coordinate(args.k, 0, i.b), coordinate(args.v, 0, i.b)}};
+    block.history = block.own;
+    if (block.job.history.k.first != block.job.own.k.first)
+        block.history = {&a.map.permuted, 0, {owner, owner}, {i.b, i.b}};
+    if (!S::CORRECTED) return;
+    const packed_header *header = reinterpret_cast<const packed_header *>(args.packed);
+    const bool permuted = header && header->call != args.natural.call;
+    const int32_t head = header ? owner : hk;
+    block.means = {&a.map.means[permuted], 0, {head, head}, {i.b, i.b}};
+}
+
+template <class S> PBS_DEVICE const tile_source &source_of(const row_block &block, int32_t key) {
+    if (S::CORRECTED && key < 0) return block.means;
+    return key < block.job.span.own_begin ? block.history : block.own;
+}
+
+/* First row of the tile at `key`. */
+template <class S> PBS_DEVICE int32_t row_of(const tile_source &from, int32_t key) {
+    return S::CORRECTED && key < 0 ? mean_at(key) : from.first + key;
 }
 
 /* Rows of a tile that hold keys or means of this sequence, and not what lies behind it: padding,
@@ -97,7 +97,7 @@ template <class S>
 PBS_DEVICE void load_k(producer<S> &p, const row_block &block, int32_t key, int32_t next) {
     plan<S> &s = p.shared;
     if (p.lane == 0) {
-        const tile_source from = source_of<S>(p.a, block, key);
+        const tile_source &from = source_of<S>(block, key);
         wait(s.k_empty, p.k);
         step_word &step = s.step[p.k.stage];
         step.next = next;
@@ -111,7 +111,7 @@ PBS_DEVICE void load_k(producer<S> &p, const row_block &block, int32_t key, int3
         }
         uint64_t &full = s.k_full[p.k.stage];
         ptx::mbarrier_arrive_expect_tx(ptx::shared_address(&full), sizeof s.k[0].element);
-        load(s.k[p.k.stage], from.map->k, full, from.row, from.head_k, from.batch_k,
+        load(s.k[p.k.stage], from.map->k, full, row_of<S>(from, key), from.head[0], from.batch[0],
              ptx::policy_evict_last());
     }
     advance(p.k);
@@ -123,10 +123,10 @@ template <class S> PBS_DEVICE void load_v(producer<S> &p, const row_block &block
     const bool whole = count >= S::BLOCK_N;
     uint64_t &full = s.v_full[p.v.stage], &target = whole ? full : s.v_landed;
     if (p.lane == 0) {
-        const tile_source from = source_of<S>(p.a, block, key);
+        const tile_source &from = source_of<S>(block, key);
         wait(s.v_empty, p.v);
         ptx::mbarrier_arrive_expect_tx(ptx::shared_address(&target), sizeof s.v[0].element);
-        load(s.v[p.v.stage], from.map->v, target, from.row, from.head_v, from.batch_v,
+        load(s.v[p.v.stage], from.map->v, target, row_of<S>(from, key), from.head[1], from.batch[1],
              ptx::policy_evict_last());
     }
     if (!whole) { /* once in the last row blocks of a sequence */
@@ -149,7 +149,7 @@ template <class S> PBS_DEVICE bool load_q(producer<S> &p, int32_t tile) {
         make_job<BLOCK_M, S::BLOCK_N, S::CORRECTED>(a, a.order[tile / p.a.parts], tile % p.a.parts,
                                                     block.job);
         block.key = block.job.walk.key;
-        block.permuted = block.job.history.k.first != block.job.own.k.first;
+        find_sources<S>(p.a, block);
         block.no_more = 0;
     }
     __syncwarp();

@@ -42,13 +42,40 @@ template <int ROWS, int D> struct matrix {
     static_assert(CHUNK_BYTES % swizzle_period(MODE) == 0, "chunks start where the pattern does");
 };
 
+/* ---- arguments ------------------------------------------------------------------------------- */
+/* Tensors as (head_dim, row, head, batch); a box is one chunk of a tile. */
+struct kv_maps {
+    tensor_map k, v;
+};
+
+struct maps {
+    tensor_map q, out;
+    kv_maps original, permuted;
+    kv_maps means[2]; /* of packed.cuh's natural and permuted layouts; without packed, the first */
+};
+
+struct arguments {
+    attend_args attend;
+    maps map;
+    int32_t row_blocks; /* all there are: those of order[0], of order[1], ... */
+    int32_t parts;      /* row blocks of a query block */
+    int32_t *taken;     /* 0: row blocks given out beyond the first of every block of the grid */
+};
+
 /* ---- plan ------------------------------------------------------------------------------------ */
-/* A row block as its consumers see it. */
+/* Where tiles of one kind lie: tile `key` starts at row first + key of its maps. */
+struct tile_source {
+    const kv_maps *map;
+    int32_t first;
+    int32_t head[2], batch[2]; /* coordinates in K's map and in V's */
+};
+
+/* A row block as its consumers see it, and where the producer finds its tiles. */
 struct row_block {
     attend_job job;
-    int32_t key;      /* of the first tile; attend_job's walk is the producer's */
-    int32_t permuted; /* history comes from packed rows */
-    int32_t no_more;  /* there is no row block: the kernel ends */
+    int32_t key;     /* of the first tile; attend_job's walk is the producer's */
+    int32_t no_more; /* there is no row block: the kernel ends */
+    tile_source own, history, means;
 };
 
 /* Beside the K tile of a stage. */
@@ -100,26 +127,6 @@ template <int STAGES> PBS_DEVICE void wait(uint64_t (&barrier)[STAGES], const ri
 template <int STAGES> PBS_DEVICE void arrive(uint64_t (&barrier)[STAGES], const ring<STAGES> &at) {
     ptx::mbarrier_arrive(ptx::shared_address(&barrier[at.stage]));
 }
-
-/* ---- arguments ------------------------------------------------------------------------------- */
-/* Tensors as (head_dim, row, head, batch); a box is one chunk of a tile. */
-struct kv_maps {
-    tensor_map k, v;
-};
-
-struct maps {
-    tensor_map q, out;
-    kv_maps original, permuted;
-    kv_maps means[2]; /* of packed.cuh's natural and permuted layouts; without packed, the first */
-};
-
-struct arguments {
-    attend_args attend;
-    maps map;
-    int32_t row_blocks; /* all there are: those of order[0], of order[1], ... */
-    int32_t parts;      /* row blocks of a query block */
-    int32_t *taken;     /* 0: row blocks given out beyond the first of every block of the grid */
-};
 
 } // namespace sm90
 } // namespace pbs
