@@ -21,7 +21,7 @@ constexpr int BLOCK_M = CONSUMERS * GROUP_ROWS; /* a row block */
 constexpr int THREADS = (1 + CONSUMERS) * GROUP_THREADS;
 
 /* (1 + CONSUMERS) * 168 registers a lane are there at the launch: 40 + 2 * 232 of 504. */
-constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
+constexpr int PRODUCER_REGISTERS = 56, CONSUMER_REGISTERS = 224;
 
 /* Named barriers; 0 is __syncthreads. Each is followed by one per consumer group. */
 constexpr uint32_t GROUP_BARRIER = 1, TURN_BARRIER = GROUP_BARRIER + CONSUMERS;
