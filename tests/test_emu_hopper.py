@@ -6,6 +6,8 @@ import cases
 import pytest
 import test_attend
 import torch
+from harness import check_prefill, config_of, geometry_of, sequences_of
+from numerics import pack
 from test_attend import random_blocks
 
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -128,3 +130,93 @@ def test_same_bits_in_every_schedule(backend, head_dim, own):
             seed,
             delivery,
         )
+
+
+# ---- means, packed rows --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("own", OWNS[:4])
+@pytest.mark.parametrize("case", GEOMETRIES, ids=lambda case: case.name)
+def test_means_of_geometries(backend, own, case):
+    inputs = cases.make_inputs(421, (2, 1), case=case, dtype=BF16, nan_padding=True)
+    blocks = random_blocks(2, case.seqlen_q, case.seqlen_k, density=0.3)
+    check(backend, inputs, blocks, case, own=own, correction="mean")
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 200, 256])
+def test_several_tiles_of_means(backend, head_dim):
+    """130 blocks: two or three tiles, some of which have nothing to add; or no keys at all."""
+    inputs = cases.make_inputs(422, (2, 1), 20, 130 * 128, head_dim=head_dim, dtype=FP16)
+    cut = {"correction": "mean", "segment_size": 128}
+    blocks = random_blocks(2, 20, 130 * 128, density=0.05)
+    check(backend, inputs, blocks, **cut)
+    blocks[:, :, :128] = True
+    check(backend, inputs, blocks, **cut)
+    blocks[1] = True
+    blocks[1, :, 31] = blocks[1, :, 127] = False
+    blocks[0] = False
+    check(backend, inputs, blocks, own="none", **cut)
+
+
+@pytest.mark.parametrize("own", OWNS[:4])
+def test_nothing_left_out_changes_no_bit(backend, own):
+    inputs = cases.make_inputs(423, (2, 1), 700, dtype=BF16)
+    blocks = random_blocks(2, 700, 700, density=1.0)
+    with_means = check(backend, inputs, blocks, own=own, correction="mean")
+    assert all(map(torch.equal, with_means, check(backend, inputs, blocks, own=own)))
+
+
+@pytest.mark.parametrize("gqa", ["per_head", "group"])
+@pytest.mark.parametrize("permute", cases.PERMUTES)
+@pytest.mark.parametrize("correction", cases.CORRECTIONS)
+def test_four_verbs(backend, gqa, permute, correction):
+    """Permuted history, original own span, queries by index."""
+    config = config_of(
+        permute=permute, gqa=gqa, tau=0.6, block_size=128, segment_size=256, correction=correction
+    )
+    inputs = cases.make_inputs(424, (4, 2), 821, dtype=BF16)
+    run = backend.four_verbs(*inputs, config, isa="sm90")
+    check_prefill(
+        run.out, run.lse, *inputs, run.bits, run.k_perm, config, q_perm=run.q_perm, what=permute
+    )
+
+
+@pytest.mark.parametrize("correction", cases.CORRECTIONS)
+@pytest.mark.parametrize("case", GEOMETRIES[:3] + GEOMETRIES[10:], ids=lambda case: case.name)
+def test_packed_rows_of_many_sequences(backend, case, correction):
+    """Heads that are permuted beside one that is not, by sequence."""
+    inputs = q, k, v = cases.make_inputs(425, (4, 2), case=case, dtype=BF16, nan_padding=True)
+    geometry = geometry_of(case)
+    batch = geometry.num_sequences(q.size(0))
+    score = torch.rand(batch, 4, k.size(2), generator=torch.Generator().manual_seed(425))
+    heads = torch.tensor((1, 1, 0, 1), dtype=torch.int32)
+    k_perm, _, _, _, packed = backend.ops.permute(
+        q, k, v, score, permute_heads=heads, block_size=128, segment_size=256,
+        geometry=geometry, correction=correction,
+    )  # fmt: skip
+    blocks = random_blocks(4, q.size(2), k.size(2))
+    bits = pack(blocks)[None].expand(batch, -1, -1, -1).contiguous()
+    out, lse = backend.ops.attend(
+        q, k, v, bits, packed=packed, return_lse=True, geometry=geometry, isa="sm90",
+        correction=correction, **CUT,
+    )  # fmt: skip
+    for seq in sequences_of(*inputs, case):
+        rows, keys = seq.q.shape[1], seq.k.shape[1]
+        test_attend.check_attention(
+            out[seq.row, :, seq.rows], lse[seq.row, :, seq.rows], seq,
+            blocks[:, : -(-rows // 128), : -(-keys // 128)], k_perm=k_perm[seq.index, :, :keys],
+            correction=correction, what=f"{case.name} {seq.index}", **CUT,
+        )  # fmt: skip
+
+
+def test_packed_rows_of_another_call_give_nan(backend):
+    q, k, v = cases.make_inputs(426, (2, 1), 600, dtype=BF16)
+    packed = backend.ops.permute(q, k, v, torch.rand(1, 2, 600), block_size=128, segment_size=256)[
+        4
+    ]
+    bits = pack(random_blocks(2, 600, 600))[None]
+    fine = backend.ops.attend(q, k, v, bits, packed=packed, isa="sm90", **CUT)
+    assert fine.isfinite().all() if isinstance(fine, torch.Tensor) else fine[0].isfinite().all()
+    packed.view(torch.uint8).flatten()[8] ^= 1
+    wrong = backend.ops.attend(q, k, v, bits, packed=packed, return_lse=True, isa="sm90", **CUT)
+    assert wrong[0].isnan().all() and wrong[1].isnan().all()
