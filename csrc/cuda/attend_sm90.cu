@@ -101,10 +101,10 @@ template <class K> bool is_built(K kernel) {
 template <class K> bool is_built(K) { return true; }
 #endif
 
-/* Tiles are whole parts of blocks, and rows stand in their own order. */
+/* Tiles are whole parts of blocks. */
 template <class S> bool serves(const attend_args &a) {
     const pbs_dims &d = a.dims;
-    if (a.q_perm || d.block_q % sm90::BLOCK_M != 0) return false;
+    if (d.block_q % sm90::BLOCK_M != 0) return false;
     if (a.own != PBS_OWN_ALL && d.block_k % S::BLOCK_N != 0) return false;
     return d.seqlen_q > 0 && d.seqlen_k > 0;
 }

@@ -56,7 +56,7 @@ template <class S> PBS_DEVICE void turns_end(int group) {
 template <tile_kind KIND, int N>
 PBS_DEVICE void adjust_scores(float (&acc_s)[N], const arguments &a, const row_block &block,
                               int group, int32_t key, const uint32_t (&dropped)[4]) {
-    if (KIND == CAUSAL) mask_scores(acc_s, block.job, group, key);
+    if (KIND == CAUSAL) mask_scores(acc_s, a.attend, block.job, group, key);
     if (KIND == MEANS) weigh_means(acc_s, dropped, a.attend);
 }
 
@@ -164,6 +164,7 @@ template <class T, class S> PBS_DEVICE void consume(const arguments &a, plan<S> 
         if (block.no_more) break;
         consumer<S> c;
         start(c, block.job);
+        if (a.attend.q_perm) gather_q<S>(s.q[at.q.stage][group], a.attend, block.job, group);
         attend_tiles<T>(a, s, block, group, at, c);
         store_rows<T>(a, block, group, c, s.q[at.q.stage][group]);
         if (group_leader()) arrive(s.q_empty, at.q);

@@ -155,7 +155,9 @@ template <class S> PBS_DEVICE bool load_q(producer<S> &p, int32_t tile) {
     __syncwarp();
     const attend_job &job = block.job;
     if (job.first >= job.seq.q_len) return false;
-    if (p.lane == 0) {
+    if (p.lane == 0 && a.q_perm) {
+        arrive(s.q_full, p.q); /* consumers gather it */
+    } else if (p.lane == 0) {
         const int32_t row = static_cast<int32_t>(job.seq.q_start) + job.first;
         const int32_t head = coordinate(a.q, 1, job.item.hq),
                       batch = coordinate(a.q, 0, job.item.b);

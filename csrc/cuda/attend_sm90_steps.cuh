@@ -32,6 +32,30 @@ template <class S> struct consumer_rings {
 
 PBS_DEVICE bool group_leader() { return threadIdx.x % GROUP_THREADS == 0; }
 
+/* ---- the way in ------------------------------------------------------------------------------ */
+/* Rows in an order of their own, which no box can hold: the group's 64 of Q by index, 16 bytes a
+ * thread, zeros where there is none. */
+template <class S>
+PBS_DEVICE void gather_q(matrix<GROUP_ROWS, S::HEAD_DIM> &to, const attend_args &a,
+                         const attend_job &job, int group) {
+    using tile = matrix<GROUP_ROWS, S::HEAD_DIM>;
+    constexpr int32_t PIECES = S::HEAD_DIM / PIECE;
+    const uint32_t base = ptx::shared_address(to.element);
+    PBS_NO_UNROLL
+    for (int32_t i = threadIdx.x % GROUP_THREADS; i < GROUP_ROWS * PIECES; i += GROUP_THREADS) {
+        const int32_t row = original_row(a, job, group * GROUP_ROWS + i / PIECES);
+        const int32_t column = i % PIECES * PIECE;
+        uint32_t words[4] = {0, 0, 0, 0};
+        if (row >= 0 && column < a.dims.head_dim) {
+            const uint4 piece = *piece_of(job.q, row, i % PIECES);
+            words[0] = piece.x, words[1] = piece.y, words[2] = piece.z, words[3] = piece.w;
+        }
+        ptx::st_shared_x4(base + tile::offset(i / PIECES, column), words);
+    }
+    ptx::fence_proxy_async();
+    ptx::bar_sync(GROUP_BARRIER + group, GROUP_THREADS);
+}
+
 /* ---- products -------------------------------------------------------------------------------- */
 /* acc_s[64, BLOCK_N] = Q K^T: both K-major, 16 of D a wgmma. Q and K rows are chunks of the
  * swizzle's width, so 16 of D are 32 bytes further on in a chunk. */
@@ -76,11 +100,13 @@ PBS_DEVICE int32_t thread_row(int group, int r) {
 
 /* -inf where a row does not see a key: key > q_offset + row. */
 template <int N>
-PBS_DEVICE void mask_scores(float (&acc_s)[N], const attend_job &job, int group, int32_t key) {
+PBS_DEVICE void mask_scores(float (&acc_s)[N], const attend_args &a, const attend_job &job,
+                            int group, int32_t key) {
     PBS_UNROLL
     for (int r = 0; r < 2; r++) {
         /* Columns of the tile that the row sees, counted from this thread's first one. */
-        const int32_t limit = job.seq.q_offset + job.first + thread_row(group, r) + 1 - key -
+        const int32_t row = original_row(a, job, thread_row(group, r));
+        const int32_t limit = job.seq.q_offset + row + 1 - key -
                               static_cast<int32_t>(accumulator_column(threadIdx.x % 128, 0));
         PBS_UNROLL
         for (int e = 2 * r; e < N; e += 4) {
@@ -160,8 +186,8 @@ PBS_DEVICE void store_lse(const consumer<S> &c, const attend_args &a, const atte
     if (!job.lse || threadIdx.x % 4 != 0) return;
     PBS_UNROLL
     for (int r = 0; r < 2; r++) {
-        const int32_t row = job.first + thread_row(group, r);
-        if (row < job.seq.q_len) job.lse[row * a.lse.stride[2]] = c.row_sum[r];
+        const int32_t row = original_row(a, job, thread_row(group, r));
+        if (row >= 0) job.lse[row * a.lse.stride[2]] = c.row_sum[r];
     }
 }
 
@@ -175,32 +201,28 @@ PBS_DEVICE void stage_out(const consumer<S> &c, matrix<GROUP_ROWS, S::HEAD_DIM> 
     const uint32_t base = ptx::shared_address(to.element);
     PBS_UNROLL
     for (int j = 0; j < S::HEAD_DIM / 16; j++) {
-        const uint32_t column = j * 16 + right;
-        const uint32_t at =
-            column / tile::CHUNK * tile::CHUNK_BYTES + row * tile::WIDTH + column % tile::CHUNK * 2;
+
         uint32_t words[4];
         PBS_UNROLL
         for (int i = 0; i < 4; i++)
             words[i] = ptx::pack<T>(c.acc_o[8 * j + 2 * i], c.acc_o[8 * j + 2 * i + 1]);
-        ptx::stmatrix_x4(base + swizzled(tile::MODE, at), words);
+        ptx::stmatrix_x4(base + tile::offset(row, j * 16 + right), words);
     }
 }
 
-/* The rows that exist, 16 bytes a thread: where others of the tensor follow them. */
+/* The rows that exist, 16 bytes a thread: where others of the tensor stand between or behind. */
 template <class S>
 PBS_DEVICE void copy_out(const matrix<GROUP_ROWS, S::HEAD_DIM> &from, const attend_args &a,
-                         const attend_job &job, int32_t first) {
+                         const attend_job &job, int group) {
     using tile = matrix<GROUP_ROWS, S::HEAD_DIM>;
     const unsigned char *staged = reinterpret_cast<const unsigned char *>(from.element);
-    const int32_t rows = pbs_min_i32(job.seq.q_len - first, GROUP_ROWS);
     const int32_t pieces = a.dims.head_dim / PIECE;
-    for (int32_t i = threadIdx.x % GROUP_THREADS; i < rows * pieces; i += GROUP_THREADS) {
-        const int32_t row = i / pieces, column = i % pieces * PIECE;
-        const uint32_t at =
-            column / tile::CHUNK * tile::CHUNK_BYTES + row * tile::WIDTH + column % tile::CHUNK * 2;
-        uint16_t *to = job.out.first + (first + row) * job.out.stride + column;
-        *reinterpret_cast<uint4 *>(to) =
-            *reinterpret_cast<const uint4 *>(staged + swizzled(tile::MODE, at));
+    for (int32_t i = threadIdx.x % GROUP_THREADS; i < GROUP_ROWS * pieces; i += GROUP_THREADS) {
+        const int32_t row = original_row(a, job, group * GROUP_ROWS + i / pieces);
+        const int32_t column = i % pieces * PIECE;
+        if (row < 0) continue;
+        *reinterpret_cast<uint4 *>(job.out.first + row * job.out.stride + column) =
+            *reinterpret_cast<const uint4 *>(staged + tile::offset(i / pieces, column));
     }
 }
 
@@ -219,8 +241,8 @@ PBS_DEVICE void store_rows(const arguments &a, const row_block &block, int group
     /* The copy engine drops what lies behind the tensor, but not what lies behind the sequence. */
     const bool whole = first + GROUP_ROWS <= job.seq.q_len ||
                        job.seq.q_start + job.seq.q_len >= a.attend.dims.seqlen_q;
-    if (!whole) {
-        copy_out<S>(tile, a.attend, job, first);
+    if (a.attend.q_perm || !whole) {
+        copy_out<S>(tile, a.attend, job, group);
         ptx::bar_sync(GROUP_BARRIER + group, GROUP_THREADS); /* all have read them */
     } else if (group_leader()) {
         const int32_t row = static_cast<int32_t>(job.seq.q_start) + first;
