@@ -6,10 +6,10 @@
  */
 #include "cuda.h"
 
-#include "attend_run.cuh"
 #include "attend_sm80.cuh"
 #include "launch.cuh"
 #include "means.cuh"
+#include "order.cuh"
 
 namespace pbs {
 namespace {

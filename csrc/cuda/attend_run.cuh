@@ -6,9 +6,17 @@
 #define PBS_CUDA_ATTEND_RUN_CUH
 
 #include "attend.cuh"
-#include "order.cuh"
 
 namespace pbs {
+
+/* What order.cuh makes. */
+struct order_args {
+    int32_t items;
+    uint8_t *bucket; /* [items] */
+    int32_t *count;  /* [groups, BUCKETS] */
+    int32_t *order;  /* [items] out */
+    int32_t *taken;  /* out: 0, what kernels that share out row blocks count from */
+};
 
 struct attend_run {
     attend_args args;

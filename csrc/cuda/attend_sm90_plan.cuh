@@ -38,9 +38,8 @@ template <int ROWS, int D> struct matrix {
     static constexpr uint32_t EIGHT_ROWS = 8 * WIDTH; /* stride of a descriptor */
     alignas(1024) uint16_t element[ROWS * D];
 
-    /* Byte of an element, as the copy engine's boxes have it. */
     PBS_HD constexpr uint32_t offset(uint32_t row, uint32_t column) {
-        return column / CHUNK * CHUNK_BYTES + swizzled(MODE, row * WIDTH + column % CHUNK * 2);
+        return tile_offset(MODE, ROWS, row, column);
     }
 
     static_assert(D % CHUNK == 0, "whole chunks");

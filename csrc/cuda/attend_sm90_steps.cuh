@@ -57,8 +57,7 @@ PBS_DEVICE void gather_q(matrix<GROUP_ROWS, S::HEAD_DIM> &to, const attend_args 
 }
 
 /* ---- products -------------------------------------------------------------------------------- */
-/* acc_s[64, BLOCK_N] = Q K^T: both K-major, 16 of D a wgmma. Q and K rows are chunks of the
- * swizzle's width, so 16 of D are 32 bytes further on in a chunk. */
+/* acc_s[64, BLOCK_N] = Q K^T: both K-major, 16 of D a wgmma. */
 template <class T, class S, int N>
 PBS_DEVICE void issue_qk(float (&acc_s)[N], const matrix<GROUP_ROWS, S::HEAD_DIM> &q,
                          const matrix<S::BLOCK_N, S::HEAD_DIM> &k) {
@@ -71,9 +70,9 @@ PBS_DEVICE void issue_qk(float (&acc_s)[N], const matrix<GROUP_ROWS, S::HEAD_DIM
     ptx::wgmma_fence();
     PBS_UNROLL
     for (int j = 0; j < S::HEAD_DIM / 16; j++) {
-        const uint32_t chunk = 16 * j / q_tile::CHUNK, inside = 16 * j % q_tile::CHUNK * 2;
-        ptx::wgmma_ss<T, 0>(acc_s, descriptor_at(a, chunk * q_tile::CHUNK_BYTES + inside),
-                            descriptor_at(b, chunk * k_tile::CHUNK_BYTES + inside), j > 0);
+        const uint32_t a_step = k_major_step(q_tile::MODE, GROUP_ROWS, j);
+        const uint32_t b_step = k_major_step(k_tile::MODE, S::BLOCK_N, j);
+        ptx::wgmma_ss<T, 0>(acc_s, descriptor_at(a, a_step), descriptor_at(b, b_step), j > 0);
     }
     ptx::wgmma_commit();
 }
@@ -87,7 +86,8 @@ PBS_DEVICE void issue_pv(consumer<S> &c, const matrix<S::BLOCK_N, S::HEAD_DIM> &
     ptx::wgmma_fence();
     PBS_UNROLL
     for (int j = 0; j < S::BLOCK_N / 16; j++)
-        ptx::wgmma_rs<T, 1>(c.acc_o, &c.p[4 * j], descriptor_at(b, j * 2 * tile::EIGHT_ROWS), 1);
+        ptx::wgmma_rs<T, 1>(c.acc_o, &c.p[4 * j], descriptor_at(b, mn_major_step(tile::MODE, j)),
+                            1);
     ptx::wgmma_commit();
 }
 

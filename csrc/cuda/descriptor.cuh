@@ -71,6 +71,26 @@ PBS_HD constexpr uint32_t mn_major_offset(swizzle mode, uint32_t leading, uint32
                                       k / 8 * stride + 2 * (n % 8);
 }
 
+/* A tile of rows of D elements, cut into chunks as wide as the swizzle which lie one behind the
+ * other, [chunk][row][width]: what boxes of a tensor map fill, one a chunk. Byte of an element
+ * after the swizzle. rows is a multiple of 8. */
+PBS_HD constexpr uint32_t tile_offset(swizzle mode, uint32_t rows, uint32_t row, uint32_t column) {
+    const uint32_t width = swizzle_width(mode), chunk = width / 2;
+    return swizzled(mode, column / chunk * rows * width + row * width + column % chunk * 2);
+}
+
+/* Such a tile as an operand of wgmma, 16 of k a step: how many bytes behind the first step j
+ * begins. K-major (k are columns): inside a row of the chunk, then in the next chunk. */
+PBS_HD constexpr uint32_t k_major_step(swizzle mode, uint32_t rows, uint32_t j) {
+    const uint32_t width = swizzle_width(mode), chunk = width / 2;
+    return 16 * j / chunk * rows * width + 16 * j % chunk * 2;
+}
+
+/* MN-major (k are rows, n columns): 16 rows further down. */
+PBS_HD constexpr uint32_t mn_major_step(swizzle mode, uint32_t j) {
+    return 16 * j * swizzle_width(mode);
+}
+
 /* Registers of a warpgroup, thread 0..127. An accumulator's element e (0 .. N/2 - 1) is this row of
  * 64 and this column of N; 9.7.15.5.1.1.1, figure 149. */
 PBS_HD constexpr uint32_t accumulator_row(uint32_t thread, uint32_t e) {

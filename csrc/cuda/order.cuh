@@ -13,20 +13,12 @@
 #ifndef PBS_CUDA_ORDER_CUH
 #define PBS_CUDA_ORDER_CUH
 
-#include "attend.cuh"
+#include "attend_run.cuh"
 
 namespace pbs {
 
 constexpr int ORDER_BUCKETS = 256;
 constexpr int ORDER_THREADS = ORDER_BUCKETS; /* a thread is an item of the group, and a bucket */
-
-struct order_args {
-    int32_t items;
-    uint8_t *bucket; /* [items] */
-    int32_t *count;  /* [groups, BUCKETS] */
-    int32_t *order;  /* [items] out */
-    int32_t *taken;  /* out: 0, what kernels that share out row blocks count from */
-};
 
 static inline int32_t order_groups(int32_t items) { return pbs_ceil_div(items, ORDER_THREADS); }
 

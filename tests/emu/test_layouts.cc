@@ -106,6 +106,26 @@ EMU_TEST(layouts_descriptor) {
 
 /* Figures 148 and 149: each warp of 32 holds 16 rows as the fragments of mma.m16n8k16 say
  * (9.7.14.5.8: groupID = lane / 4, threadID_in_group = lane % 4), 8 columns to four elements. */
+/* Element (row, column) of a tile lies where wgmma looks for it, as operand of either kind. */
+EMU_TEST(layouts_tiles) {
+    for (swizzle mode : {SWIZZLE_128B, SWIZZLE_64B})
+        for (uint32_t rows : {64u, 128u})
+            for (uint32_t row = 0; row < rows; row++)
+                for (uint32_t column = 0; column < 192; column++) {
+                    const uint32_t width = swizzle_width(mode), eight = 8 * width;
+                    const uint32_t at = tile_offset(mode, rows, row, column);
+                    const uint32_t as_k = k_major_step(mode, rows, column / 16) +
+                                          k_major_offset(mode, 16, eight, row, column % 16);
+                    const uint32_t as_mn =
+                        mn_major_step(mode, row / 16) +
+                        mn_major_offset(mode, rows * width, eight, column, row % 16);
+                    CHECK(swizzled(mode, as_k) == at, "K-major, swizzle %d: (%u, %u)", mode, row,
+                          column);
+                    CHECK(swizzled(mode, as_mn) == at, "MN-major, swizzle %d: (%u, %u)", mode, row,
+                          column);
+                }
+}
+
 EMU_TEST(layouts_fragments) {
     for (uint32_t thread = 0; thread < 128; thread++) {
         const uint32_t group = thread % 32 / 4, in_group = thread % 4, first = thread / 32 * 16;
