@@ -20,6 +20,13 @@ def backend(request):
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(params=emu_backend.ISAS)
+def isa(request, backend):
+    """Each set of kernels that CUDA calls run, on devices that have it."""
+    backend.require(request.param)
+    return request.param
+
+
 @pytest.fixture
 def gpu(monkeypatch):
     return meta_gpu.install(monkeypatch)

@@ -27,6 +27,7 @@ from pbs_attn import _load
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 LIBRARY = ROOT / "build/emu/_C_emu.so"
 DELIVERIES = ("lazy", "random", "eager")  # when asynchronous copies arrive; numbers of tests/emu
+ISAS = ("sm80", "sm90")
 VERBS = ("score", "permute", "select", "attend", "attend_out", "prefill", "prefill_out")
 
 
@@ -62,6 +63,11 @@ class Backend(verbs.Ops):
 
     def four_verbs(self, q, k, v, config, geometry=None, **options):
         return harness.four_verbs(q, k, v, config, geometry, ops=self.ops, **options)
+
+    def require(self, isa):
+        """Skips where the device has other instructions; the emulated one has all."""
+        if isa == "sm90" and self.name == "cuda" and torch.cuda.get_device_capability() != (9, 0):
+            pytest.skip("needs a GPU of compute capability 9.0")
 
     def schedule(self, seed=0, delivery="lazy"):
         """How the next launches order threads and deliver copies; a real GPU does as it likes."""

@@ -50,7 +50,7 @@ def test_cpu_capabilities():
     capabilities = C.cpu_capabilities()
     assert capabilities["c"] is True
     assert all(isinstance(value, bool) for value in capabilities.values())
-    assert "sm80" not in capabilities
+    assert "sm80" not in capabilities and "sm90" not in capabilities
     for dtype in DTYPES:
         assert capabilities[C.isa(dtype)]
     missing = C.missing_isas()

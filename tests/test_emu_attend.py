@@ -64,11 +64,11 @@ def test_head_ratios(backend, heads, per_kv_head, own):
 @pytest.mark.parametrize("head_dim", cases.HEAD_DIMS)
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 @pytest.mark.parametrize("block", [64, 128])
-def test_head_dims_and_dtypes(backend, head_dim, dtype, block):
+def test_head_dims_and_dtypes(backend, isa, head_dim, dtype, block):
     """Every kernel that is built: each head_dim with 64 and with 128 rows a block."""
     inputs = cases.make_inputs(145, (2, 1), 3 * 128 + 53, head_dim=head_dim, dtype=dtype)
     blocks = random_blocks(2, 437, 437, block, block)
-    check(backend, inputs, blocks, block_q=block, block_k=block)
+    check(backend, inputs, blocks, block_q=block, block_k=block, isa=isa)
 
 
 @pytest.mark.parametrize("block_q", cases.BLOCK_SIZES)
@@ -130,11 +130,11 @@ def test_softmax_scale_and_large_logits(backend):
 
 @pytest.mark.parametrize("gqa", ["per_head", "group"])
 @pytest.mark.parametrize("permute", cases.PERMUTES)
-def test_packed_rows_of_permute(backend, gqa, permute):
+def test_packed_rows_of_permute(backend, isa, gqa, permute):
     """Permuted history, original own span, queries by index: all four verbs of one backend."""
     config = config_of(permute=permute, gqa=gqa, tau=0.6, block_size=64, segment_size=128)
     inputs = cases.make_inputs(152, (4, 2), 421, dtype=BF16)
-    run = backend.four_verbs(*inputs, config)
+    run = backend.four_verbs(*inputs, config, isa=isa)
     check_prefill(
         run.out, run.lse, *inputs, run.bits, run.k_perm, config, q_perm=run.q_perm, what=permute
     )
@@ -249,11 +249,12 @@ def test_out_variant_leaves_other_rows_alone(backend, name):
 
 @pytest.mark.parametrize("block", [64, 128])
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
-def test_same_bits_whatever_the_schedule(backend, block, head_dim):
+def test_same_bits_whatever_the_schedule(backend, isa, block, head_dim):
     """Threads in another order, copies early or late: nothing may show."""
     inputs = cases.make_inputs(160, (2, 1), 200, head_dim=head_dim, dtype=BF16)
     bits = pack(random_blocks(2, 200, 200, block, block))[None]
     cut = {"block_q": block, "block_k": block, "segment_size": block, "return_lse": True}
+    cut["isa"] = isa
     first = backend.ops.attend(*inputs, bits, **cut)
     for seed, delivery in itertools.product((1, 2, 3), ("lazy", "random")):
         backend.schedule(seed, delivery)

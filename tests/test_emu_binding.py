@@ -29,15 +29,31 @@ def test_schemas_are_those_of_the_cpu_library(emu, name):
     assert str(ours._schema).replace("pbs_attn_emu::", "pbs_attn::") == str(theirs._schema)
 
 
-def test_auto_is_sm80_and_nothing_else_is_taken(emu, qkv):
+def test_auto_is_sm90_and_no_cpu_set_is_taken(emu, qkv, monkeypatch):
     q, k, _ = qkv
     cut = {"block_size": 64, "segment_size": 128}
     auto = emu.ops.score(q, k, **cut)
-    assert torch.equal(auto, emu.namespace.score(q, k, *Geometry(), 0.0, 64, 128, 0, 0, 0, 8))
+    for isa in (8, 11):
+        assert torch.equal(auto, emu.namespace.score(q, k, *Geometry(), 0.0, 64, 128, 0, 0, 0, isa))
     with pytest.raises(RuntimeError, match="unsupported: exec.isa: avx2; CUDA calls run sm80"):
         emu.ops.score(q, k, isa="avx2", **cut)
+    monkeypatch.setenv("PBS_ATTN_ISA", "avx2")  # the CPU's business
+    assert torch.equal(auto, emu.ops.score(q, k, **cut))
     with pytest.raises(RuntimeError, match=r"unsupported: dtype: 1; fp16 \(2\) and bf16 \(3\)"):
         emu.ops.score(q.float(), k.float(), **cut)
+
+
+def test_forced_set_of_kernels(emu, monkeypatch):
+    """The two sets round P V in another order: bits tell which one ran."""
+    generator = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(1, 1, 300, 64, generator=generator).to(F16) for _ in range(3))
+    by_isa = {isa: emu.ops.attend(q, k, v, own="all", isa=isa) for isa in ("sm80", "sm90")}
+    outs = {isa: x if isinstance(x, torch.Tensor) else x[0] for isa, x in by_isa.items()}
+    assert not torch.equal(outs["sm80"], outs["sm90"])
+    for forced, want in (("", "sm90"), ("sm80", "sm80"), ("sm90", "sm90"), ("c", "sm90")):
+        monkeypatch.setenv("PBS_ATTN_ISA", forced)
+        out = emu.ops.attend(q, k, v, own="all")
+        assert torch.equal(out if isinstance(out, torch.Tensor) else out[0], outs[want]), forced
 
 
 def test_packed_is_the_same_bytes_each_time(emu, qkv):

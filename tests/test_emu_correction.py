@@ -63,11 +63,11 @@ def test_head_ratios(backend, heads, per_kv_head, own):
 
 @pytest.mark.parametrize("head_dim, block", [*KERNELS, (8, 64), (40, 128), (200, 64)])
 @pytest.mark.parametrize("dtype", [BF16, FP16])
-def test_head_dims_and_dtypes(backend, head_dim, dtype, block):
+def test_head_dims_and_dtypes(backend, isa, head_dim, dtype, block):
     """Every kernel that is built."""
     inputs = cases.make_inputs(305, (2, 1), 130, 5 * 128 + 53, head_dim=head_dim, dtype=dtype)
     blocks = random_blocks(2, 130, 693, block, block, density=0.3)
-    check(backend, inputs, blocks, block_q=block, block_k=block, segment_size=block)
+    check(backend, inputs, blocks, block_q=block, block_k=block, segment_size=block, isa=isa)
 
 
 @pytest.mark.parametrize("block_q", cases.BLOCK_SIZES)
@@ -87,11 +87,11 @@ def test_sizes_of_segments(backend, block, segment, own):
 
 
 @pytest.mark.parametrize("head_dim, block", [(64, 64), (128, 128)])
-def test_several_tiles_of_means(backend, head_dim, block):
+def test_several_tiles_of_means(backend, isa, head_dim, block):
     """70 key blocks in tiles of 64 and of 32 means: with and without a block that is left out, one
     of them the last of a word, and no keys at all."""
     inputs = cases.make_inputs(308, (2, 1), 20, 70 * block, head_dim=head_dim, dtype=FP16)
-    cut = {"block_q": block, "block_k": block, "segment_size": block}
+    cut = {"block_q": block, "block_k": block, "segment_size": block, "isa": isa}
     blocks = random_blocks(2, 20, 70 * block, block, block, density=0.1)
     check(backend, inputs, blocks, **cut)
     blocks[:, :, :64] = True

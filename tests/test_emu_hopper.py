@@ -17,6 +17,11 @@ GEOMETRIES = cases.geometries(128, 256)
 SEEDS = [(seed, delivery) for seed in range(4) for delivery in ("lazy", "random")]
 
 
+@pytest.fixture(autouse=True)
+def hopper(backend):
+    backend.require("sm90")
+
+
 def check(backend, inputs, blocks, case=None, isa="sm90", **options):
     return test_attend.check(*inputs, blocks, case, isa=isa, ops=backend.ops, **{**CUT, **options})
 

@@ -3,6 +3,7 @@
  * The CUDA backend's table: each verb on the device of the call, between entering and leaving it.
  */
 #include <stdint.h>
+#include <stdlib.h>
 
 #include "cuda.h"
 
@@ -13,21 +14,28 @@ static int available(pbs_isa isa) { return isa == SM80 || isa == SM90; }
 
 static const char *missing(pbs_isa isa) { return available(isa) ? NULL : "not in this build"; }
 
+/* PBS_ATTN_ISA speaks of the CPU, too: what it names there changes nothing here. */
+static pbs_isa wanted(const pbs_exec *exec) {
+    const char *name = exec->isa == PBS_ISA_AUTO ? getenv("PBS_ATTN_ISA") : NULL;
+    const pbs_isa forced = pbs_isa_from_name(name);
+    return name && available(forced) ? forced : exec->isa;
+}
+
 /* What is handed on is a pointer to the isa: the drivers know their kernels. */
 static pbs_status choose(const pbs_exec *exec, pbs_dtype dtype, const void **kernels,
                          pbs_isa *isa) {
     const int hopper = pbs_cuda_capability(exec->device) == 90;
-    if (exec->isa != PBS_ISA_AUTO && !available(exec->isa))
+    const pbs_isa asked = wanted(exec);
+    if (asked != PBS_ISA_AUTO && !available(asked))
         return pbs_fail(PBS_ERR_UNSUPPORTED, "exec.isa: %s; CUDA calls run sm80 and sm90",
-                        pbs_isa_name(exec->isa));
-    if (exec->isa == SM90 && !hopper)
+                        pbs_isa_name(asked));
+    if (asked == SM90 && !hopper)
         return pbs_fail(PBS_ERR_UNSUPPORTED,
-                        "exec.isa: sm90; device %d is not of compute capability 9.0",
-                        (int)exec->device);
+                        "isa: sm90; device %d is not of compute capability 9.0", (int)exec->device);
     if (dtype != PBS_DTYPE_FP16 && dtype != PBS_DTYPE_BF16)
         return pbs_fail(PBS_ERR_UNSUPPORTED, "dtype: %d; fp16 (2) and bf16 (3) run on CUDA",
                         (int)dtype);
-    *kernels = hopper && exec->isa != SM80 ? &SM90 : &SM80;
+    *kernels = hopper && asked != SM80 ? &SM90 : &SM80;
     *isa = pbs_cuda_isa(*kernels);
     return PBS_OK;
 }

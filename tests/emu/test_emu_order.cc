@@ -69,12 +69,14 @@ void check_order(problem &p) {
     std::vector<uint8_t> bucket(static_cast<size_t>(p.items), 0xff);
     std::vector<int32_t> count(static_cast<size_t>(groups) * pbs::ORDER_BUCKETS, -1);
     std::vector<int32_t> order(static_cast<size_t>(p.items), -1), want(order.size());
-    const pbs::order_args o = {p.items, bucket.data(), count.data(), order.data()};
+    int32_t taken = -1;
+    const pbs::order_args o = {p.items, bucket.data(), count.data(), order.data(), &taken};
     const size_t shared = sizeof(pbs::order_plan);
     CHECK_RUNS(emu::launch("order_count", groups, pbs::ORDER_THREADS, shared,
                            [&] { pbs::order_count(p.args, o); }));
     CHECK_RUNS(emu::launch("order_place", groups, pbs::ORDER_THREADS, shared,
                            [&] { pbs::order_place(o); }));
+    CHECK(taken == 0, "%d row blocks are gone before the first", taken);
     std::vector<int32_t> key(order.size());
     const int64_t longest = p.args.dims.blocks_k;
     for (int32_t i = 0; i < p.items; i++) {
