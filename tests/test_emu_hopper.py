@@ -225,3 +225,37 @@ def test_packed_rows_of_another_call_give_nan(backend):
     packed.view(torch.uint8).flatten()[8] ^= 1
     wrong = backend.ops.attend(q, k, v, bits, packed=packed, return_lse=True, isa="sm90", **CUT)
     assert wrong[0].isnan().all() and wrong[1].isnan().all()
+
+
+# ---- variants ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("correction", cases.CORRECTIONS)
+@pytest.mark.parametrize(
+    "name, head_dim",
+    [("three-stages", 128), ("no-turns", 64), ("no-turns", 128), ("turns", 256), ("static", 128),
+     ("slack", 64), ("slack", 128), ("slack", 256)],
+)  # fmt: skip
+def test_variants(backend, monkeypatch, name, head_dim, correction):
+    """Lines of attend_instances_sm90.inc that a build for users does not have."""
+    if backend.name != "emu":
+        pytest.skip("built with PBS_ATTEND_VARIANTS alone")
+    monkeypatch.setenv("PBS_ATTEND_VARIANT", name)
+    inputs = cases.make_inputs(431, (4, 2), 333, 589, head_dim=head_dim, dtype=BF16)
+    q, k, v = inputs
+    blocks = random_blocks(4, 333, 589)
+    first = check(backend, inputs, blocks, correction=correction)
+    check(backend, (12 * q, 4 * k, v), blocks, correction=correction)
+    for seed, delivery in SEEDS[:4]:
+        backend.schedule(seed, delivery)
+        again = check(backend, inputs, blocks, correction=correction)
+        assert all(map(torch.equal, again, first)), (seed, delivery)
+
+
+def test_unknown_variant(backend, monkeypatch):
+    if backend.name != "emu":
+        pytest.skip("built with PBS_ATTEND_VARIANTS alone")
+    monkeypatch.setenv("PBS_ATTEND_VARIANT", "static")
+    inputs = cases.make_inputs(432, (1, 1), 128, head_dim=256, dtype=BF16)
+    with pytest.raises(RuntimeError, match='VARIANT: "static"; not one for head_dim 256'):
+        check(backend, inputs, random_blocks(1, 128, 128))

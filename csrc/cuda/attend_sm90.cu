@@ -9,12 +9,15 @@
 #include "cuda.h"
 #include "launch.cuh"
 
+#include <stdlib.h>
+#include <string.h>
+
 namespace pbs {
 namespace {
 
-template <int D, int N, int KV, int Q, bool TURNS, bool MEANS> struct shape {
-    static constexpr int HEAD_DIM = D, BLOCK_N = N, KV_STAGES = KV, Q_STAGES = Q;
-    static constexpr bool PING_PONG = TURNS, CORRECTED = MEANS, DYNAMIC = true;
+template <int D, int N, int KV, int Q, bool TURNS, bool ASKS, int LOG2, bool MEANS> struct shape {
+    static constexpr int HEAD_DIM = D, BLOCK_N = N, KV_STAGES = KV, Q_STAGES = Q, SLACK = LOG2;
+    static constexpr bool PING_PONG = TURNS, DYNAMIC = ASKS, CORRECTED = MEANS;
 };
 
 /* ---- maps ------------------------------------------------------------------------------------ */
@@ -128,16 +131,31 @@ pbs_status launch_shape(const pbs_exec &exec, const attend_run &run, bool *taken
 
 } // namespace
 
+/* PBS_ATTEND_VARIANT: a line of the table by name, in builds that have them. */
+static const char *wanted_variant() {
+#if defined(PBS_ATTEND_VARIANTS)
+    const char *name = getenv("PBS_ATTEND_VARIANT");
+    return name ? name : "";
+#else
+    return "";
+#endif
+}
+
 pbs_status launch_attend_sm90(const pbs_exec &exec, const attend_run &run, bool *taken) {
     const pbs_dims &d = run.args.dims;
+    const char *variant = wanted_variant();
     *taken = false;
-#define INSTANCE(dtype_, T, D, N, KV, Q, TURNS)                                                  \
-    if (d.dtype == dtype_ && d.head_dim <= D)                                                    \
-        return run.corrects ? launch_shape<T, shape<D, N, KV, Q, TURNS, true>>(exec, run, taken) \
-                            : launch_shape<T, shape<D, N, KV, Q, TURNS, false>>(exec, run, taken);
+#define VARIANT(name, dtype_, T, D, ...)                                                     \
+    if (d.dtype == dtype_ && d.head_dim <= D && strcmp(variant, name) == 0)                  \
+        return run.corrects ? launch_shape<T, shape<D, __VA_ARGS__, true>>(exec, run, taken) \
+                            : launch_shape<T, shape<D, __VA_ARGS__, false>>(exec, run, taken);
+#define INSTANCE(...) VARIANT("", __VA_ARGS__)
 #include "attend_instances_sm90.inc"
 #undef INSTANCE
-    return PBS_OK;
+#undef VARIANT
+    if (!*variant) return PBS_OK;
+    return pbs_fail(PBS_ERR_VALUE, "PBS_ATTEND_VARIANT: \"%s\"; not one for head_dim %d", variant,
+                    d.head_dim);
 }
 
 } // namespace pbs

@@ -100,7 +100,7 @@ PBS_DEVICE int32_t attend_step(const arguments &a, plan<S> &s, const row_block &
         ptx::fence_registers(c.p);
         if (group_leader()) arrive(s.v_empty, at.v);
         advance(at.v);
-        scale_rows(c.acc_o, scores_scale);
+        rescale(c, scores_scale);
     }
     pack_p<T>(c, acc_s);
     return next;

@@ -140,7 +140,9 @@ PBS_DEVICE void softmax_step(consumer<S> &c, float (&acc_s)[N], float (&scores_s
         PBS_UNROLL
         for (int e = 2 * r + 4; e < N; e += 4)
             tile_max = fmaxf(tile_max, fmaxf(acc_s[e], acc_s[e + 1]));
-        const float row_max = fmaxf(c.row_max[r], quad_max(tile_max) * scale_log2);
+        float row_max = fmaxf(c.row_max[r], quad_max(tile_max) * scale_log2);
+        /* Any base serves that keeps 2^(s - base) in range, and a new one costs all of O. */
+        if (S::SLACK > 0 && row_max - c.row_max[r] <= S::SLACK) row_max = c.row_max[r];
         const float base = KIND != CLEAN && row_max == minus_infinity() ? 0.0f : row_max;
         scores_scale[r] = ptx::ex2(c.row_max[r] - base);
         float sum = 0.0f;
@@ -158,6 +160,12 @@ PBS_DEVICE void softmax_step(consumer<S> &c, float (&acc_s)[N], float (&scores_s
 template <int N> PBS_DEVICE void scale_rows(float (&acc)[N], const float (&by)[2]) {
     PBS_UNROLL
     for (int e = 0; e < N; e++) acc[e] *= by[e / 2 % 2];
+}
+
+/* The rows of O under the new maxima; none of the warp's has changed: nothing to do. */
+template <class S> PBS_DEVICE void rescale(consumer<S> &c, const float (&scores_scale)[2]) {
+    const bool same = scores_scale[0] == 1.0f && scores_scale[1] == 1.0f;
+    if (S::SLACK == 0 || __any_sync(0xffffffffu, !same)) scale_rows(c.acc_o, scores_scale);
 }
 
 /* Accumulator layout is operand layout: neighbours become the halves of a word. */

@@ -17,6 +17,9 @@ EMU_SAN := -O1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-
 	-fno-sanitize=integer-divide-by-zero \
 	-DEMU_TEST_THIN=4 -DPBS_TEST_THIN=3
 
+# All variants of a kernel that a GPU is to decide between.
+%/csrc/cuda/attend_sm90.cu.o: EMU_CXXFLAGS += -DPBS_ATTEND_VARIANTS
+
 EMU_RUNTIME := $(filter-out tests/emu/test_%.cc,$(wildcard tests/emu/*.cc))
 EMU_TESTS := $(wildcard tests/emu/test_*.cc) csrc/cuda/tensor_map.cu csrc/core/status.c
 EMU_VERBS := tests/emu/verbs.c tests/emu/host_reads.c $(addprefix tests/c/,\
