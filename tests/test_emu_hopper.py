@@ -257,5 +257,5 @@ def test_unknown_variant(backend, monkeypatch):
         pytest.skip("built with PBS_ATTEND_VARIANTS alone")
     monkeypatch.setenv("PBS_ATTEND_VARIANT", "static")
     inputs = cases.make_inputs(432, (1, 1), 128, head_dim=256, dtype=BF16)
-    with pytest.raises(RuntimeError, match='VARIANT: "static"; not one for head_dim 256'):
+    with pytest.raises(ValueError, match='VARIANT: "static"; not one for head_dim 256'):
         check(backend, inputs, random_blocks(1, 128, 128))

@@ -24,11 +24,6 @@ template <class S> struct producer {
 };
 
 /* ---- copies ---------------------------------------------------------------------------------- */
-/* Coordinate of a batch or head in a map: dimensions that views do not step are not there. */
-PBS_DEVICE int32_t coordinate(const pbs_view &view, int dimension, int32_t at) {
-    return view.stride[dimension] == 0 ? 0 : at;
-}
-
 /* A tile, chunk by chunk; what lies outside the tensor is zeros. One thread. */
 template <int ROWS, int D>
 PBS_DEVICE void load(matrix<ROWS, D> &to, const tensor_map &map, uint64_t &barrier, int32_t row,

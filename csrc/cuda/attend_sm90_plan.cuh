@@ -68,6 +68,11 @@ struct arguments {
     int32_t *taken;     /* 0: row blocks given out beyond the first of every block of the grid */
 };
 
+/* Coordinate of a batch or head in a map: dimensions that views do not step are not there. */
+PBS_DEVICE int32_t coordinate(const pbs_view &view, int dimension, int32_t at) {
+    return view.stride[dimension] == 0 ? 0 : at;
+}
+
 /* ---- plan ------------------------------------------------------------------------------------ */
 /* Where tiles of one kind lie: tile `key` starts at row first + key of its maps. */
 struct tile_source {

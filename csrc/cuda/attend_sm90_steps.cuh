@@ -234,35 +234,48 @@ PBS_DEVICE void copy_out(const matrix<GROUP_ROWS, S::HEAD_DIM> &from, const atte
     }
 }
 
-/* The group's 64 rows of O. Afterwards its tile of Q is free. */
+/* May the copy engine store the group's 64 rows? It drops those behind the tensor, but not those
+ * behind the sequence, and knows no other order. */
+PBS_DEVICE bool stands_alone(const attend_args &a, const attend_job &job, int group) {
+    if (a.q_perm) return false;
+    return job.first + (group + 1) * GROUP_ROWS <= job.seq.q_len ||
+           job.seq.q_start + job.seq.q_len >= a.dims.seqlen_q;
+}
+
+/* One thread. */
+template <class S>
+PBS_DEVICE void send_out(const matrix<GROUP_ROWS, S::HEAD_DIM> &from, const arguments &a,
+                         const attend_job &job, int group) {
+    using tile = matrix<GROUP_ROWS, S::HEAD_DIM>;
+    const int32_t row = static_cast<int32_t>(job.seq.q_start) + job.first + group * GROUP_ROWS;
+    const int32_t head = coordinate(a.attend.out, 1, job.item.hq);
+    const int32_t batch = coordinate(a.attend.out, 0, job.item.b);
+    PBS_UNROLL
+    for (int c = 0; c < tile::CHUNKS; c++)
+        ptx::tma_store(&a.map.out, ptx::shared_address(from.element) + c * tile::CHUNK_BYTES,
+                       {c * tile::CHUNK, row, head, batch});
+    ptx::tma_store_commit();
+    ptx::tma_store_wait_read<0>();
+}
+
+/* The group's 64 rows of O. Once its leader is back the row block and the tile of Q are free: what
+ * all threads read of them, they read before the last barrier here. */
 template <class T, class S>
 PBS_DEVICE void store_rows(const arguments &a, const row_block &block, int group, consumer<S> &c,
                            matrix<GROUP_ROWS, S::HEAD_DIM> &tile) {
-    using rows = matrix<GROUP_ROWS, S::HEAD_DIM>;
     const attend_job &job = block.job;
-    const int32_t first = job.first + group * GROUP_ROWS;
+    const bool boxes = stands_alone(a.attend, job, group);
     softmax_finish(c);
     store_lse(c, a.attend, job, group);
     stage_out<T>(c, tile);
     ptx::fence_proxy_async();
     ptx::bar_sync(GROUP_BARRIER + group, GROUP_THREADS); /* all 64 rows are there */
-    /* The copy engine drops what lies behind the tensor, but not what lies behind the sequence. */
-    const bool whole = first + GROUP_ROWS <= job.seq.q_len ||
-                       job.seq.q_start + job.seq.q_len >= a.attend.dims.seqlen_q;
-    if (a.attend.q_perm || !whole) {
-        copy_out<S>(tile, a.attend, job, group);
-        ptx::bar_sync(GROUP_BARRIER + group, GROUP_THREADS); /* all have read them */
-    } else if (group_leader()) {
-        const int32_t row = static_cast<int32_t>(job.seq.q_start) + first;
-        const int32_t head = a.attend.out.stride[1] ? job.item.hq : 0;
-        const int32_t batch = a.attend.out.stride[0] ? job.item.b : 0;
-        PBS_UNROLL
-        for (int i = 0; i < rows::CHUNKS; i++)
-            ptx::tma_store(&a.map.out, ptx::shared_address(tile.element) + i * rows::CHUNK_BYTES,
-                           {i * rows::CHUNK, row, head, batch});
-        ptx::tma_store_commit();
-        ptx::tma_store_wait_read<0>();
+    if (boxes) {
+        if (group_leader()) send_out<S>(tile, a, job, group);
+        return;
     }
+    copy_out<S>(tile, a.attend, job, group);
+    ptx::bar_sync(GROUP_BARRIER + group, GROUP_THREADS); /* all have read them */
 }
 
 } // namespace sm90
