@@ -9,8 +9,8 @@
  * Roles     384 threads, one block an SM, for the life of the kernel:
  *             warpgroup 0     one warp takes row blocks, walks their bits and feeds the copy engine
  *             warpgroup 1, 2  64 rows each: S = Q K^T, softmax, O += P V, O to global memory
- * Registers 168 a thread at the launch; then 40 for who loads, 232 for who computes:
- *           O takes D / 2, S BLOCK_N / 2, packed P BLOCK_N / 4.
+ * Registers 168 a thread at the launch; then 56 for who loads, 224 for who computes:
+ *           O takes D / 2, S BLOCK_N / 2, packed P BLOCK_N / 4. With 40 the walk spills.
  * Shared    Q_STAGES tiles of Q, each taking its output in the end, KV_STAGES tiles of K and of V,
  *           each with a barrier of its own that says full and one that says empty:
  *           attend_instances_sm90.inc has the bytes.

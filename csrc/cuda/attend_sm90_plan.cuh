@@ -22,7 +22,7 @@ constexpr int GROUP_ROWS = 64;                  /* rows of one wgmma */
 constexpr int BLOCK_M = CONSUMERS * GROUP_ROWS; /* a row block */
 constexpr int THREADS = (1 + CONSUMERS) * GROUP_THREADS;
 
-/* (1 + CONSUMERS) * 168 registers a lane are there at the launch: 40 + 2 * 232 of 504. */
+/* (1 + CONSUMERS) * 168 registers a lane are there at the launch: 56 + 2 * 224 of 504. */
 constexpr int PRODUCER_REGISTERS = 56, CONSUMER_REGISTERS = 224;
 
 /* Named barriers; 0 is __syncthreads. Each is followed by one per consumer group. */
