@@ -89,7 +89,11 @@ def _shares(call, q, k, begin):
     """Softmax over the visible of the keys k for the rows q [Hq, R, D] from `begin` on: [Hq, R, n].
 
     0 for a row that sees none."""
-    position = torch.arange(q.size(1), device=q.device) + begin + call.q_offset
-    hidden = torch.arange(k.size(1), device=q.device) > position[:, None]
-    scores = logits(q, k, call.scale).masked_fill_(hidden, -math.inf)
-    return scores.softmax(-1).masked_fill_(hidden, 0.0)
+    first = begin + call.q_offset  # position of the first row: all see the keys up to there
+    whole = max(first + 1, 0)
+    position = torch.arange(q.size(1), device=q.device) + first
+    hidden = torch.arange(whole, k.size(1), device=q.device) > position[:, None]
+    scores = logits(q, k, call.scale)
+    scores[..., whole:].masked_fill_(hidden, -math.inf)
+    shares = scores.softmax(-1)
+    return shares if first >= 0 else shares.masked_fill_(hidden, 0.0)
