@@ -72,6 +72,9 @@ class Backend(verbs.Ops):
     def schedule(self, seed=0, delivery="lazy"):
         """How the next launches order threads and deliver copies; a real GPU does as it likes."""
 
+    def launches(self):
+        pytest.skip("only the emulated GPU counts launches")
+
 
 class Emulated(Backend):
     def __init__(self):
@@ -80,9 +83,15 @@ class Emulated(Backend):
         super().__init__("emu", torch.ops.pbs_attn_emu, torch.device("cpu"), path)
         self._set = ctypes.CDLL(path).pbs_emu_set
         self._set.argtypes, self._set.restype = (ctypes.c_uint64, ctypes.c_int), None
+        self._launches = ctypes.CDLL(path).pbs_emu_launches
+        self._launches.restype = ctypes.c_int64
 
     def schedule(self, seed=0, delivery="lazy"):
         self._set(seed, DELIVERIES.index(delivery))
+
+    def launches(self):
+        """Launches so far."""
+        return self._launches()
 
 
 @functools.cache

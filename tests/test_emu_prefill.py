@@ -173,6 +173,28 @@ def test_layouts(backend, layout):
     assert all(map(torch.equal, want, backend.ops.prefill(*laid, config_of(**SMALL), **options)))
 
 
+@pytest.mark.parametrize(
+    ("launches", "options"),
+    [
+        (5, {}),  # rows of the probe; their keys' scores, order, rows; select; order; attend
+        (4, {"seqlen": 100}),  # no segment is whole: nothing is scored
+        (4, {"permute": "identity"}),
+        (4, {"permute": "identity", "select": "antidiagonal", "correction": "mean"}),
+        (6, {"permute": "both"}),
+        (6, {"gqa": "group"}),  # the probe is a mean
+        (7, {"order": "mean_query"}),  # of all rows
+        (5, {"order": "random"}),  # no probe; scores and order one after the other
+    ],
+)
+def test_launches(backend, launches, options):
+    options = {"seqlen": 300, **SMALL, **options}
+    seqlen = options.pop("seqlen")
+    inputs = cases.make_inputs(79, (4, 2), seqlen, seqlen, dtype=BF16)
+    before = backend.launches()
+    backend.ops.prefill(*inputs, config_of(**options))
+    assert backend.launches() - before == launches
+
+
 def test_same_bits_under_every_schedule(backend):
     """Threads in any order, copies early or late: a difference is a race."""
     inputs = cases.make_inputs(72, (2, 1), 130, 400, dtype=BF16)

@@ -29,9 +29,9 @@ def test_lengths(backend, seqlen, gqa):
     check(backend, q, k, gqa=gqa, **SMALL)
 
 
-@pytest.mark.parametrize("seqlen", [512, 640, 4736])
+@pytest.mark.parametrize("seqlen", [512, 640, 4736, 16384, 16512])
 def test_many_chunks_of_keys(backend, seqlen):
-    """More chunks than a reduction has warps, and the edges of one."""
+    """Edges of a chunk, and of the length from which on chunks are longer."""
     q, k, _ = cases.make_inputs(102, (1, 1), 64, seqlen, head_dim=16, dtype=BF16)
     check(backend, q, k, **SMALL)
 
@@ -123,6 +123,16 @@ def test_same_bits_at_any_place(backend):
     case = cases.Case("row", 900, 900, starts, (300,) * 3, starts, (300,) * 3, 3, True)
     packed = backend.ops.score(*row, geometry=geometry_of(case), **SMALL)
     assert torch.equal(packed[:, :, :300], together) and (packed[:, :, 300:] == 0).all()
+
+
+def test_same_bits_beside_a_longer_sequence(backend):
+    """How keys are cut into chunks depends on the sequence, not on the longest of the call."""
+    q, k, _ = cases.make_inputs(118, (1, 1), 64, 16512, head_dim=16, dtype=BF16)
+    alone = backend.ops.score(q, k[:, :, :1200], **SMALL)
+    case = cases.Case("two", 64, 16512, (0, 0), (64, 64), (0, 0), (16512, 1200))
+    both = [x.expand(2, -1, -1, -1) for x in (q, k)]
+    together = backend.ops.score(*both, geometry=geometry_of(case), **SMALL)
+    assert torch.equal(together[1:, :, :1200], alone)
 
 
 @pytest.mark.parametrize("gqa", ["per_head", "group"])

@@ -13,6 +13,15 @@
 extern "C" {
 #endif
 
+/* A wave of prefill as its verbs. */
+typedef struct pbs_verbs {
+    const pbs_score_params *score; /* NULL: nothing is ordered by score */
+    int32_t first_head;            /* of score */
+    const pbs_permute_params *permute;
+    const pbs_select_params *select;
+    const pbs_attend_params *attend;
+} pbs_verbs;
+
 struct pbs_backend {
     const char *name;
     /* Pointers of a call are a device's: the host looks at sizes and never at what they point to.
@@ -43,6 +52,10 @@ struct pbs_backend {
     pbs_status (*check_packed)(const pbs_attend_params *p, const pbs_dims *d, const void *kernels);
     size_t (*attend_bytes)(const pbs_attend_params *p, const pbs_dims *d, const void *kernels);
     pbs_status (*attend)(const pbs_attend_params *p, const pbs_dims *d, const void *kernels);
+
+    /* A wave of prefill in one: the same results as verb after verb, bit for bit. NULL: like that.
+     */
+    pbs_status (*wave)(const pbs_verbs *verbs, const pbs_dims *d, const void *kernels);
 
     /* Bytes a wave of prefill may use where the caller sets no workspace_cap. */
     size_t (*wave_cap)(const pbs_exec *exec);

@@ -276,18 +276,27 @@ static void use_caller_outputs(prefill_run *run, const wave *w) {
     if (p->q_perm && pbs_permutes_queries(p->mode)) run->q_perm = p->q_perm + q_head * d->max_q;
 }
 
+static pbs_status one_by_one(const pbs_verbs *v, const pbs_dims *d, const prefill_run *run) {
+    if (v->score) PBS_TRY(run->backend->score(v->score, d, run->k, v->first_head));
+    PBS_TRY(run->backend->permute(v->permute, d, run->k));
+    PBS_TRY(run->backend->select(v->select, d, run->k));
+    return run->backend->attend(v->attend, d, run->k);
+}
+
 static pbs_status run_wave(prefill_run *run, const wave *w) {
-    const pbs_dims *d = &run->dims;
-    if (needs_score(run->p)) {
-        pbs_score_params score = score_params(run, w);
-        PBS_TRY(run->backend->score(&score, d, run->k, first_p(run, w)));
-    }
-    pbs_permute_params permute = permute_params(run, w);
-    PBS_TRY(run->backend->permute(&permute, d, run->k));
-    pbs_select_params select = select_params(run, w);
-    PBS_TRY(run->backend->select(&select, d, run->k));
-    pbs_attend_params attend = attend_params(run, w);
-    return run->backend->attend(&attend, d, run->k);
+    const pbs_score_params score = score_params(run, w);
+    const pbs_permute_params permute = permute_params(run, w);
+    const pbs_select_params select = select_params(run, w);
+    const pbs_attend_params attend = attend_params(run, w);
+    const pbs_verbs verbs = {
+        .score = needs_score(run->p) ? &score : NULL,
+        .first_head = first_p(run, w),
+        .permute = &permute,
+        .select = &select,
+        .attend = &attend,
+    };
+    if (run->backend->wave) return run->backend->wave(&verbs, &run->dims, run->k);
+    return one_by_one(&verbs, &run->dims, run);
 }
 
 /* Orders that the caller wants to see, where the mode leaves them natural. */

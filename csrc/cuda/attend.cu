@@ -42,14 +42,11 @@ attend_args args_of(const pbs_attend_params *p, const pbs_dims *d) {
 size_t cut(attend_run *run, void *workspace) {
     const pbs_dims &d = run->args.dims;
     const int64_t heads = static_cast<int64_t>(d.batch) * d.heads_q;
-    const int64_t groups = (heads * d.blocks_q + ORDER_THREADS - 1) / ORDER_THREADS;
     pbs_arena arena = pbs_arena_at(workspace);
     run->order.order =
         static_cast<int32_t *>(pbs_arena_take(&arena, heads, d.blocks_q, sizeof(int32_t)));
     run->order.bucket =
         static_cast<uint8_t *>(pbs_arena_take(&arena, heads, d.blocks_q, sizeof(uint8_t)));
-    run->order.count =
-        static_cast<int32_t *>(pbs_arena_take(&arena, groups, ORDER_BUCKETS, sizeof(int32_t)));
     run->args.order = run->order.order;
     run->order.taken = static_cast<int32_t *>(pbs_arena_take(&arena, 1, 1, sizeof(int32_t)));
     if (run->corrects && !run->args.packed) {
@@ -131,7 +128,8 @@ size_t pbs_cuda_attend_bytes(const pbs_attend_params *p, const pbs_dims *d, cons
     return pbs::cut(&run, nullptr);
 }
 
-pbs_status pbs_cuda_attend(const pbs_attend_params *p, const pbs_dims *d, const void *kernels) {
+pbs_status pbs_cuda_attend(const pbs_attend_params *p, const pbs_dims *d, const void *kernels,
+                           const int32_t *count) {
     PBS_TRY(pbs::check(p));
     const int64_t items = static_cast<int64_t>(d->batch) * d->heads_q * d->blocks_q;
     if (items == 0) return PBS_OK;
@@ -141,11 +139,9 @@ pbs_status pbs_cuda_attend(const pbs_attend_params *p, const pbs_dims *d, const 
     pbs::attend_run run = pbs::run_of(p, d);
     pbs::cut(&run, p->workspace);
     run.order.items = static_cast<int32_t>(items);
-    const int32_t groups = pbs::order_groups(run.order.items);
-    PBS_TRY(PBS_LAUNCH(p->exec, pbs::order_count, groups, pbs::ORDER_THREADS,
-                       sizeof(pbs::order_plan), run.args, run.order));
-    PBS_TRY(PBS_LAUNCH(p->exec, pbs::order_place, groups, pbs::ORDER_THREADS,
-                       sizeof(pbs::order_plan), run.order));
+    run.order.count = count;
+    PBS_TRY(PBS_LAUNCH(p->exec, pbs::order_items, 1, pbs::ORDER_THREADS, sizeof(pbs::order_plan),
+                       run.args, run.order));
     PBS_TRY(pbs::launch_means(p->exec, run));
     bool taken = false;
     if (pbs_cuda_isa(kernels) == PBS_ISA_SM90)

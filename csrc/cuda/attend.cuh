@@ -18,6 +18,7 @@
 #define PBS_CUDA_ATTEND_CUH
 
 #include "../core/bits.h"
+#include "kernel.cuh"
 #include "packed.cuh"
 #include "rows.cuh"
 

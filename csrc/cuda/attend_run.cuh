@@ -12,10 +12,10 @@ namespace pbs {
 /* What order.cuh makes. */
 struct order_args {
     int32_t items;
-    uint8_t *bucket; /* [items] */
-    int32_t *count;  /* [groups, BUCKETS] */
-    int32_t *order;  /* [items] out */
-    int32_t *taken;  /* out: 0, what kernels that share out row blocks count from */
+    const int32_t *count; /* [items] listed blocks, or NULL: nobody has counted them */
+    uint8_t *bucket;      /* [items] */
+    int32_t *order;       /* [items] out */
+    int32_t *taken;       /* out: 0, what kernels that share out row blocks count from */
 };
 
 struct attend_run {

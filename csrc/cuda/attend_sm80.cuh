@@ -230,6 +230,7 @@ PBS_KERNEL(attend_shape<S>::THREADS, S::BLOCKS_PER_SM)
 attend_kernel(const __grid_constant__ attend_args a) {
     using shape = attend_shape<S>;
     PBS_SHARED(attend_plan<S>, plan);
+    begin_kernel();
     const unsigned thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
     const int parts = a.dims.block_q / S::BLOCK_M;
 

@@ -196,6 +196,7 @@ attend_kernel(const __grid_constant__ arguments a) {
     static_assert(sizeof(plan<S>) <= SHARED_LIMIT, "what a block may have on 9.0");
     const int warp = static_cast<int>(threadIdx.x / 32);
     if (threadIdx.x == 0) make_barriers(s);
+    begin_kernel();
     __syncthreads();
     if (warp < GROUP_THREADS / 32) {
         ptx::setmaxnreg_dec<PRODUCER_REGISTERS>();

@@ -79,7 +79,22 @@ static pbs_status select(const pbs_select_params *p, const pbs_dims *d, const vo
 }
 
 static pbs_status attend(const pbs_attend_params *p, const pbs_dims *d, const void *kernels) {
-    ON_DEVICE(pbs_cuda_attend(p, d, kernels));
+    ON_DEVICE(pbs_cuda_attend(p, d, kernels, NULL));
+}
+
+/* Fewer launches: score and permute share one, and order need not count what select has counted. */
+static pbs_status run_verbs(const pbs_verbs *v, const pbs_dims *d, const void *kernels) {
+    if (v->score)
+        PBS_TRY(pbs_cuda_score_permute(v->score, v->permute, d, kernels, v->first_head));
+    else
+        PBS_TRY(pbs_cuda_permute(v->permute, d, kernels));
+    PBS_TRY(pbs_cuda_select(v->select, d, kernels));
+    return pbs_cuda_attend(v->attend, d, kernels, v->select->count);
+}
+
+static pbs_status wave(const pbs_verbs *v, const pbs_dims *d, const void *kernels) {
+    const pbs_attend_params *p = v->attend;
+    ON_DEVICE(run_verbs(v, d, kernels));
 }
 
 static pbs_status fill_identity(const pbs_exec *exec, int32_t *perm, int64_t heads, int32_t len) {
@@ -111,6 +126,7 @@ const pbs_backend pbs_cuda_backend = {
     .check_packed = pbs_cuda_check_packed,
     .attend_bytes = pbs_cuda_attend_bytes,
     .attend = attend,
+    .wave = wave,
     .wave_cap = wave_cap,
     .fill_identity = fill_identity,
 };

@@ -22,6 +22,11 @@ size_t pbs_cuda_packed_bytes(const pbs_dims *d, pbs_permute_mode mode, pbs_corre
                              const void *kernels);
 size_t pbs_cuda_permute_bytes(const pbs_permute_params *p, const pbs_dims *d, const void *kernels);
 pbs_status pbs_cuda_permute(const pbs_permute_params *p, const pbs_dims *d, const void *kernels);
+/* What follows the segments, if the mode permutes queries; behind pbs_cuda_permute already. */
+pbs_status pbs_cuda_permute_queries(const pbs_permute_params *p, const pbs_dims *d);
+/* score and permute, whose scores nobody else sees. */
+pbs_status pbs_cuda_score_permute(const pbs_score_params *p, const pbs_permute_params *permute,
+                                  const pbs_dims *d, const void *kernels, int32_t first_head);
 pbs_status pbs_cuda_fill_identity(const pbs_exec *exec, int32_t *perm, int64_t heads, int32_t len);
 
 size_t pbs_cuda_select_bytes(const pbs_select_params *p, const pbs_dims *d, const void *kernels);
@@ -30,7 +35,9 @@ pbs_status pbs_cuda_select(const pbs_select_params *p, const pbs_dims *d, const 
 pbs_status pbs_cuda_check_packed(const pbs_attend_params *p, const pbs_dims *d,
                                  const void *kernels);
 size_t pbs_cuda_attend_bytes(const pbs_attend_params *p, const pbs_dims *d, const void *kernels);
-pbs_status pbs_cuda_attend(const pbs_attend_params *p, const pbs_dims *d, const void *kernels);
+/* count [B, Hq, Tq]: blocks that bits list, or NULL. */
+pbs_status pbs_cuda_attend(const pbs_attend_params *p, const pbs_dims *d, const void *kernels,
+                           const int32_t *count);
 
 /* Rows are moved 16 bytes at a time: base and strides must be multiples of that. */
 pbs_status pbs_cuda_check_aligned(const char *name, const pbs_view *view);

@@ -36,22 +36,46 @@ PBS_HD int64_t fragment_rows(int64_t row, int32_t strips) {
     return row / BLOCK_ROWS * strips * BLOCK_PIECES;
 }
 
-/* acc[2][8] += A[32, :] B[64, :]^T. a, b: their first blocks; rows row_step blocks apart. Element i
- * of acc[m][n] is row 16 m + g + 8 (i / 2) of A, row 8 n + 2 q + i % 2 of B. */
-template <class T>
-PBS_DEVICE void fragment_product(float (&acc)[2][8][4], const uint4 *a, const uint4 *b,
-                                 int32_t strips, int lane) {
+/* The first operand of a product: a matrix of fragments from its first block on, or rows of a head
+ * where they lie, zeros from row `end` and column head_dim on. */
+struct fragment_matrix {
+    const uint4 *first;
+    int32_t strips;
+};
+
+struct plain_rows {
+    head_rows rows;
+    int32_t first, end;
+    int32_t pieces; /* of a row */
+};
+
+/* What `lane` holds of a block of 8 rows x 32 columns. */
+PBS_DEVICE uint4 piece_at(const fragment_matrix &a, int32_t block, int32_t strip, int lane) {
+    return a.first[(block * a.strips + strip) * BLOCK_PIECES + lane];
+}
+
+PBS_DEVICE uint4 piece_at(const plain_rows &a, int32_t block, int32_t strip, int lane) {
+    const int32_t row = a.first + block * BLOCK_ROWS + lane / STRIP_PIECES;
+    const int32_t piece = strip * STRIP_PIECES + lane % STRIP_PIECES;
+    if (row >= a.end || piece >= a.pieces) return make_uint4(0, 0, 0, 0);
+    return *piece_of(a.rows, row, piece);
+}
+
+/* acc[M][8] += A[16 M, :] B[64, :]^T; b: its first block. Element i of acc[m][n] is row
+ * 16 m + g + 8 (i / 2) of A, row 8 n + 2 q + i % 2 of B. */
+template <class T, int M, class A>
+PBS_DEVICE void fragment_product(float (&acc)[M][8][4], const A &a, const uint4 *b, int32_t strips,
+                                 int lane) {
     const int32_t next_rows = strips * BLOCK_PIECES;
-    a += lane;
     b += lane;
     PBS_NO_UNROLL
-    for (int32_t strip = 0; strip < strips; strip++, a += BLOCK_PIECES, b += BLOCK_PIECES) {
-        uint4 rows[4];
+    for (int32_t strip = 0; strip < strips; strip++, b += BLOCK_PIECES) {
+        uint4 rows[2 * M];
         PBS_UNROLL
-        for (int i = 0; i < 4; i++) rows[i] = a[i * next_rows];
-        uint32_t a_first[2][4], a_second[2][4]; /* of the two k_steps */
+        for (int i = 0; i < 2 * M; i++) rows[i] = piece_at(a, i, strip, lane);
+        uint32_t a_first[M][4], a_second[M][4]; /* of the two k_steps */
         PBS_UNROLL
-        for (int m = 0; m < 2; m++) {
+        for (int m = 0; m < M; m++) {
             const uint4 low = rows[2 * m], high = rows[2 * m + 1];
             a_first[m][0] = low.x, a_first[m][1] = high.x;
             a_first[m][2] = low.y, a_first[m][3] = high.y;
@@ -62,7 +86,7 @@ PBS_DEVICE void fragment_product(float (&acc)[2][8][4], const uint4 *a, const ui
         for (int n = 0; n < 8; n++) {
             const uint4 column = b[n * next_rows];
             PBS_UNROLL
-            for (int m = 0; m < 2; m++) {
+            for (int m = 0; m < M; m++) {
                 ptx::mma_m16n8k16<T>(acc[m][n], a_first[m], column.x, column.y);
                 ptx::mma_m16n8k16<T>(acc[m][n], a_second[m], column.z, column.w);
             }

@@ -1,12 +1,15 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * Launching a kernel, the same on a GPU and under the emulation. A launch that the device refuses
- * comes back as PBS_ERR_DEVICE with the runtime's words.
+ * comes back as PBS_ERR_DEVICE with the runtime's words. On 9.0 it may overtake the end of the
+ * launch before it, so every kernel starts with begin_kernel (kernel.cuh); the emulation fails one
+ * that does not.
  */
 #ifndef PBS_CUDA_LAUNCH_CUH
 #define PBS_CUDA_LAUNCH_CUH
 
 #include "../core/status.h"
+#include "cuda.h"
 #include "platform.cuh"
 
 namespace pbs {
@@ -24,6 +27,20 @@ inline pbs_status device_error(const char *what, cudaError_t error) {
     return pbs_fail(PBS_ERR_DEVICE, "%s: %s", what, cudaGetErrorString(error));
 }
 
+/* Is there machine code for this compute capability in the file that is being compiled? */
+constexpr bool built_for(int capability) {
+    for (const int arch : {__CUDA_ARCH_LIST__})
+        if (arch == 10 * capability) return true;
+    return false;
+}
+
+/* May a launch overtake the end of the one before it (programmatic dependent launch)? Its code must
+ * have begin_kernel's wait, which code for earlier devices has not, nor has it where that is
+ * translated for a later one. */
+inline bool overtakes(const pbs_exec &exec) {
+    return built_for(90) && pbs_cuda_capability(exec.device) == 90;
+}
+
 /* kernel<<<blocks, threads, shared>>>(args...) on exec's stream. No blocks: nothing happens. */
 template <class... P, class... A>
 pbs_status launch(const pbs_exec &exec, const char *name, void (*kernel)(P...), int64_t blocks,
@@ -38,9 +55,17 @@ pbs_status launch(const pbs_exec &exec, const char *name, void (*kernel)(P...), 
             kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(limit));
         if (error != cudaSuccess) return device_error(name, error);
     }
-    kernel<<<static_cast<unsigned>(blocks), threads, shared,
-             static_cast<cudaStream_t>(exec.stream)>>>(args...);
-    const cudaError_t error = cudaGetLastError();
+    cudaLaunchAttribute early = {};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(static_cast<unsigned>(blocks));
+    config.blockDim = dim3(static_cast<unsigned>(threads));
+    config.dynamicSmemBytes = shared;
+    config.stream = static_cast<cudaStream_t>(exec.stream);
+    config.attrs = &early;
+    config.numAttrs = overtakes(exec);
+    const cudaError_t error = cudaLaunchKernelEx(&config, kernel, args...);
     return error == cudaSuccess ? PBS_OK : device_error(name, error);
 }
 
@@ -51,7 +76,8 @@ pbs_status launch(const pbs_exec &exec, const char *name, void (*kernel)(P...), 
                   int threads, size_t shared, const A &...args) {
     (void)exec;
     if (blocks <= 0) return PBS_OK;
-    const char *error = emu::launch(name, blocks, threads, shared, [&] { kernel(args...); });
+    const char *error =
+        emu::launch({name, blocks, threads, shared, 1, 0, true}, [&] { kernel(args...); });
     return error ? pbs_fail(PBS_ERR_DEVICE, "%s", error) : PBS_OK;
 }
 

@@ -27,6 +27,7 @@ struct means_plan {
 /* One block of threads per [b, hk, key block]. */
 template <class T> PBS_KERNEL(SUM_THREADS, 3) block_means(const means_run run) {
     PBS_SHARED(means_plan, shared);
+    begin_kernel();
     const pbs_dims &d = run.d;
     const int32_t thread = static_cast<int32_t>(threadIdx.x);
     const int64_t block = blockIdx.x;

@@ -44,18 +44,31 @@ static permute_run run_of(const pbs_permute_params *p, const pbs_dims *d) {
     return run;
 }
 
-template <class T> static pbs_status launch_all(const permute_run &run, const pbs_exec &exec) {
-    const pbs_dims &d = run.d;
-    const int64_t segments = pbs_ceil_div(d.max_k, d.segment_size);
-    const int64_t row_segments = pbs_ceil_div(d.max_q, d.segment_size);
-    if (run.packed) PBS_TRY(PBS_LAUNCH(exec, permute_header, 1, SUM_THREADS, 0, run));
-    PBS_TRY(PBS_LAUNCH(exec, (permute_segment<T>),
-                       static_cast<int64_t>(d.batch) * d.heads_p * segments, SUM_THREADS,
-                       sizeof(segment_plan), run));
-    if (!pbs_permutes_queries(run.mode)) return PBS_OK;
+pbs_status prepare(const pbs_permute_params *p, const pbs_dims *d, permute_run *run) {
+    *run = run_of(p, d);
+    cut(run, p->workspace);
+    PBS_TRY(pbs_cuda_check_aligned("k", &run->k));
+    if (p->packed || p->v_pool) PBS_TRY(pbs_cuda_check_aligned("v", &run->v));
+    return pbs_permutes_queries(p->mode) ? pbs_cuda_check_aligned("q", &run->q) : PBS_OK;
+}
+
+template <class T> static pbs_status launch_segments(const permute_run &run, const pbs_exec &exec) {
+    return PBS_LAUNCH(exec, (permute_segment<T>), segment_blocks(run), SUM_THREADS,
+                      sizeof(segment_plan), run);
+}
+
+template <class T> static pbs_status launch_queries(const permute_run &run, const pbs_exec &exec) {
+    const int64_t segments = pbs_ceil_div(run.d.max_q, run.d.segment_size);
     return PBS_LAUNCH(exec, (permute_queries<T>),
-                      static_cast<int64_t>(d.batch) * d.heads_q * row_segments, SUM_THREADS,
+                      static_cast<int64_t>(run.d.batch) * run.d.heads_q * segments, SUM_THREADS,
                       sizeof(queries_plan), run);
+}
+
+/* perm [heads, len] = 0 ... len - 1 each. */
+PBS_KERNEL(SUM_THREADS, 4) fill_identity(int32_t *perm, int64_t count, int32_t len) {
+    begin_kernel();
+    const int64_t at = static_cast<int64_t>(blockIdx.x) * SUM_THREADS + threadIdx.x;
+    if (at < count) perm[at] = static_cast<int32_t>(at % len);
 }
 
 } // namespace pbs
@@ -74,13 +87,19 @@ size_t pbs_cuda_permute_bytes(const pbs_permute_params *p, const pbs_dims *d, co
 
 pbs_status pbs_cuda_permute(const pbs_permute_params *p, const pbs_dims *d, const void *kernels) {
     (void)kernels;
-    pbs::permute_run run = pbs::run_of(p, d);
-    pbs::cut(&run, p->workspace);
-    PBS_TRY(pbs_cuda_check_aligned("k", &run.k));
-    if (p->packed || p->v_pool) PBS_TRY(pbs_cuda_check_aligned("v", &run.v));
-    if (pbs_permutes_queries(p->mode)) PBS_TRY(pbs_cuda_check_aligned("q", &run.q));
-    return d->dtype == PBS_DTYPE_BF16 ? pbs::launch_all<pbs::bf16>(run, p->exec)
-                                      : pbs::launch_all<pbs::fp16>(run, p->exec);
+    pbs::permute_run run = {};
+    PBS_TRY(pbs::prepare(p, d, &run));
+    PBS_TRY(d->dtype == PBS_DTYPE_BF16 ? pbs::launch_segments<pbs::bf16>(run, p->exec)
+                                       : pbs::launch_segments<pbs::fp16>(run, p->exec));
+    return pbs_cuda_permute_queries(p, d);
+}
+
+pbs_status pbs_cuda_permute_queries(const pbs_permute_params *p, const pbs_dims *d) {
+    pbs::permute_run run = {};
+    if (!pbs_permutes_queries(p->mode)) return PBS_OK;
+    PBS_TRY(pbs::prepare(p, d, &run));
+    return d->dtype == PBS_DTYPE_BF16 ? pbs::launch_queries<pbs::bf16>(run, p->exec)
+                                      : pbs::launch_queries<pbs::fp16>(run, p->exec);
 }
 
 pbs_status pbs_cuda_fill_identity(const pbs_exec *exec, int32_t *perm, int64_t heads, int32_t len) {

@@ -6,12 +6,15 @@
  * heads that share them: those are neighbours in the grid. Bound by memory: every K and V row is
  * written once per head, 16 bytes a thread, whole rows a warp.
  *
- *   header   one block                 fingerprint and heads of the packed buffer
- *   segment  [b, hk, segment, hp]      k_perm, packed rows and means, k_pool, v_pool, pool_len
+ *   segment  [b, hk, segment, hp]      k_perm, packed rows and means, k_pool, v_pool, pool_len;
+ *                                      the first block: fingerprint and heads of the packed buffer
+ *
+ * In prefill the same launch also scores the keys that it orders (score_permute.cuh).
  */
 #ifndef PBS_CUDA_PERMUTE_CUH
 #define PBS_CUDA_PERMUTE_CUH
 
+#include "kernel.cuh"
 #include "packed.cuh"
 #include "rank.cuh"
 #include "row_sums.cuh"
@@ -42,7 +45,8 @@ PBS_DEVICE bool head_on(const permute_run &run, int32_t hp) {
     return !run.permute_heads || run.permute_heads[hp] != 0;
 }
 
-PBS_KERNEL(SUM_THREADS, 4) permute_header(const permute_run run) {
+/* By one block of threads. */
+PBS_DEVICE void write_header(const permute_run &run) {
     int32_t *heads = reinterpret_cast<int32_t *>(run.packed + 1);
     for (int32_t hp = static_cast<int32_t>(threadIdx.x); hp < run.d.heads_p; hp += SUM_THREADS)
         heads[hp] = pbs_permutes_keys(run.mode) && head_on(run, hp);
@@ -84,24 +88,38 @@ PBS_DEVICE segment_item segment_item_of(const permute_run &run, int32_t index) {
     return item;
 }
 
-/* order[place] of the segment, and k_perm. */
-PBS_DEVICE void order_segment(const permute_run &run, const segment_item &item,
-                              segment_plan &shared) {
+PBS_DEVICE bool is_moved(const permute_run &run, const segment_item &item, const pbs_seq &s) {
+    return pbs_permutes_keys(run.mode) && head_on(run, item.hp) && s.kv_len > run.d.segment_size &&
+           item.first + run.d.segment_size <= s.kv_len;
+}
+
+/* Scores of the segment -> key. */
+PBS_DEVICE void read_keys(const permute_run &run, const segment_item &item, uint32_t *key) {
+    const float *score = run.score + item.head * run.d.max_k + item.first;
+    for (int32_t i = static_cast<int32_t>(threadIdx.x); i < item.end - item.first; i += SUM_THREADS)
+        key[i] = descending_key(score[i]);
+    __syncthreads();
+}
+
+/* order[place] of the segment, and k_perm: by key, ascending. */
+PBS_DEVICE void order_by_key(const permute_run &run, const segment_item &item,
+                             segment_plan &shared) {
     const int32_t thread = static_cast<int32_t>(threadIdx.x), count = item.end - item.first;
+    int32_t *k_perm = run.k_perm ? run.k_perm + item.head * run.d.max_k + item.first : nullptr;
+    for (int32_t i = thread; i < count; i += SUM_THREADS)
+        shared.order[rank_of(shared.key, count, i)] = static_cast<uint16_t>(i);
+    __syncthreads();
+    for (int32_t i = thread; k_perm && i < count; i += SUM_THREADS)
+        k_perm[i] = item.first + shared.order[i];
+}
+
+/* The same: as given, or natural. */
+PBS_DEVICE void order_as_given(const permute_run &run, const segment_item &item,
+                               segment_plan &shared) {
     const int64_t at = item.head * run.d.max_k + item.first;
     int32_t *k_perm = run.k_perm ? run.k_perm + at : nullptr;
-    if (item.moves && !run.k_perm_in) {
-        for (int32_t i = thread; i < count; i += SUM_THREADS)
-            shared.key[i] = descending_key(run.score[at + i]);
-        __syncthreads();
-        for (int32_t i = thread; i < count; i += SUM_THREADS)
-            shared.order[rank_of(shared.key, count, i)] = static_cast<uint16_t>(i);
-        __syncthreads();
-        for (int32_t i = thread; k_perm && i < count; i += SUM_THREADS)
-            k_perm[i] = item.first + shared.order[i];
-        return;
-    }
-    for (int32_t i = thread; i < count; i += SUM_THREADS) {
+    for (int32_t i = static_cast<int32_t>(threadIdx.x); i < item.end - item.first;
+         i += SUM_THREADS) {
         const int32_t given = item.moves ? run.k_perm_in[at + i] : item.first + i;
         /* Nobody has checked a given order: no row outside its segment is read whatever it says. */
         const int32_t key = pbs_min_i32(pbs_max_i32(given, item.first), item.end - 1);
@@ -184,16 +202,12 @@ PBS_DEVICE void gather_block(const gather_job &job, int32_t at, int32_t count,
     }
 }
 
-template <class T> PBS_KERNEL(SUM_THREADS, 3) permute_segment(const permute_run run) {
-    PBS_SHARED(segment_plan, shared);
+/* Rows, means and pools of a segment whose order stands in shared memory. */
+template <class T>
+PBS_DEVICE void gather_segment(const permute_run &run, const segment_item &item, const pbs_seq &s,
+                               segment_plan &shared) {
     const pbs_dims &d = run.d;
     const int32_t thread = static_cast<int32_t>(threadIdx.x);
-    segment_item item = segment_item_of(run, static_cast<int32_t>(blockIdx.x));
-    const pbs_seq s = pbs_dims_seq_clamped(&d, item.b);
-    item.moves = pbs_permutes_keys(run.mode) && head_on(run, item.hp) &&
-                 s.kv_len > d.segment_size && item.first + d.segment_size <= s.kv_len;
-    order_segment(run, item, shared);
-
     const gather_job job = gather_job_of(run, item, s, shared);
     const bool pools = run.k_pool || sums_values(run);
     for (int32_t at = item.first; at < item.end; at += d.block_k) {
@@ -223,10 +237,31 @@ template <class T> PBS_KERNEL(SUM_THREADS, 3) permute_segment(const permute_run 
     }
 }
 
-/* perm [heads, len] = 0 ... len - 1 each. */
-PBS_KERNEL(SUM_THREADS, 4) fill_identity(int32_t *perm, int64_t count, int32_t len) {
-    const int64_t at = static_cast<int64_t>(blockIdx.x) * SUM_THREADS + threadIdx.x;
-    if (at < count) perm[at] = static_cast<int32_t>(at % len);
+template <class T> PBS_KERNEL(SUM_THREADS, 3) permute_segment(const permute_run run) {
+    PBS_SHARED(segment_plan, shared);
+    begin_kernel();
+    if (run.packed && blockIdx.x == 0) write_header(run);
+    if (run.d.max_k == 0) return;
+    segment_item item = segment_item_of(run, static_cast<int32_t>(blockIdx.x));
+    const pbs_seq s = pbs_dims_seq_clamped(&run.d, item.b);
+    item.moves = is_moved(run, item, s);
+    if (item.moves && !run.k_perm_in) {
+        read_keys(run, item, shared.key);
+        order_by_key(run, item, shared);
+    } else {
+        order_as_given(run, item, shared);
+    }
+    gather_segment<T>(run, item, s, shared);
+}
+
+/* ---- drivers (permute.cu) -------------------------------------------------------------------- */
+/* Arguments of a call, workspace included; refuses what is not aligned. */
+pbs_status prepare(const pbs_permute_params *p, const pbs_dims *d, permute_run *run);
+
+/* Blocks of a launch over segments: at least one, which writes the header. */
+static inline int64_t segment_blocks(const permute_run &run) {
+    const int64_t segments = pbs_ceil_div(run.d.max_k, run.d.segment_size);
+    return static_cast<int64_t>(run.d.batch) * run.d.heads_p * (segments ? segments : 1);
 }
 
 } // namespace pbs

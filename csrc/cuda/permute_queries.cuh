@@ -52,6 +52,7 @@ PBS_DEVICE bool bit_of(const uint32_t *words, int32_t i) { return words[i / 32] 
 
 template <class T> PBS_KERNEL(SUM_THREADS, 3) permute_queries(const permute_run run) {
     PBS_SHARED(queries_plan, shared);
+    begin_kernel();
     const pbs_dims &d = run.d;
     const int32_t thread = static_cast<int32_t>(threadIdx.x), size = d.segment_size;
     const int32_t segments = pbs_ceil_div(d.max_q, size), index = static_cast<int32_t>(blockIdx.x);

@@ -3,15 +3,17 @@
  * The probe of score: the query rows whose attention says which keys matter, in the workspace as
  * fragments (fragments.cuh). And the arguments that all kernels of score share.
  *
- * A probe row that is a row of q is exact in 16 bits: one part. A mean (GROUP, MEAN_QUERY) is fp32:
- * three parts, x 2^e = high + middle + low, each of 16 bits, e such that the row's largest value is
- * near 2^12, where fp16 does not underflow. Three products then give fp32 accuracy.
+ * A probe row that is a row of q is exact in 16 bits: one part, which stats reads where it lies and
+ * copies for columns. A mean (GROUP, MEAN_QUERY) is fp32: three parts, x 2^e = high + middle + low,
+ * each of 16 bits, e such that the row's largest value is near 2^12, where fp16 does not underflow.
+ * Three products then give fp32 accuracy; a launch of its own makes them.
  */
 #ifndef PBS_CUDA_PROBE_CUH
 #define PBS_CUDA_PROBE_CUH
 
 #include "../core/random.h"
 #include "fragments.cuh"
+#include "kernel.cuh"
 #include "row_sums.cuh"
 
 namespace pbs {
@@ -22,7 +24,9 @@ enum {
     WARP_ROWS = 32,                      /* of A in a warp's product */
     TILE_ROWS = SCORE_WARPS * WARP_ROWS, /* probe rows of a stats block, keys of a columns block */
     TILE_COLUMNS = 64,                   /* rows of B in a product */
-    CHUNK_KEYS = 512,                    /* of a stats block; fixed, as sums depend on it */
+    CHUNK_KEYS = 512,                    /* of a stats block, at least */
+    MOST_PROBE_ROWS = 256,               /* padded */
+    MOST_CHUNKS = 32,                    /* of a sequence: who needs the sums joins them itself */
     MEAN_ROWS = 1024,                    /* query rows of one partial sum */
     ROW_EXPONENT = 12,                   /* of the largest value of a row of three parts */
 };
@@ -46,15 +50,22 @@ struct score_run {
     int32_t probe_rows;  /* at most, per head */
     int32_t padded_rows; /* a multiple of TILE_COLUMNS */
     int32_t parts;       /* 1 or 3 */
-    int32_t chunks;      /* of keys */
+    int32_t chunks;      /* of keys, at most */
     int32_t slabs;       /* of query rows, for the mean */
     float *mean;         /* [B, Hq, slabs, D] */
     uint4 *probe;        /* [B, Hp, parts, padded_rows, strips * 32] as fragments */
     float *unit;         /* [B, Hp, padded_rows] 2^-e */
     float2 *stats;       /* [B, Hp, chunks, padded_rows] row max, row sum */
-    probe_row *rows;     /* [B, Hp, padded_rows] */
     float *score;        /* [B, Hp, Nk] */
 };
+
+/* Keys of a chunk, for so many that are scored: the sequence alone decides, as sums depend on it.
+ */
+PBS_HD int32_t chunk_keys_of(int32_t scored) {
+    int32_t keys = CHUNK_KEYS;
+    while (pbs_ceil_div(scored, keys) > MOST_CHUNKS) keys *= 2;
+    return keys;
+}
 
 /* Rows of the probe of a sequence: none without rows or complete segments. */
 PBS_DEVICE int32_t probe_rows_of(const score_run &run, const pbs_seq &s) {
@@ -96,6 +107,7 @@ PBS_DEVICE score_item score_item_of(const score_run &run, int32_t index, int32_t
 /* ---- mean ------------------------------------------------------------------------------------ */
 template <class T> PBS_KERNEL(SUM_THREADS, 4) score_mean(const score_run run) {
     PBS_SHARED(partial_sums, shared);
+    begin_kernel();
     const int32_t thread = static_cast<int32_t>(threadIdx.x);
     const int32_t index = static_cast<int32_t>(blockIdx.x), slab = index % run.slabs;
     const int32_t head = index / run.slabs, b = head / run.d.heads_q, hq = head % run.d.heads_q;
@@ -113,6 +125,13 @@ template <class T> PBS_KERNEL(SUM_THREADS, 4) score_mean(const score_run run) {
 }
 
 /* ---- probe ----------------------------------------------------------------------------------- */
+/* Row of q that is probe row r of an order that probes rows. */
+PBS_DEVICE int32_t probed_row(const score_run &run, int32_t hp, const pbs_seq &s, int32_t r) {
+    return run.order == PBS_ORDER_RANDOM_QUERY
+               ? pbs_random_row(run.seed, run.first_head + hp, s.q_len)
+               : s.q_len - probe_rows_of(run, s) + r;
+}
+
 /* x += one piece of probe row r of one query head. */
 template <class T>
 PBS_DEVICE void add_query(const score_run &run, const score_item &item, const pbs_seq &s,
@@ -130,10 +149,7 @@ PBS_DEVICE void add_query(const score_run &run, const score_item &item, const pb
         return;
     }
     const head_rows rows = rows_of(run.q, item.b, hq, s.q_start);
-    const int32_t row = run.order == PBS_ORDER_RANDOM_QUERY
-                            ? pbs_random_row(run.seed, run.first_head + item.hp, s.q_len)
-                            : s.q_len - probe_rows_of(run, s) + r;
-    add_piece<T>(x, *piece_of(rows, row, piece));
+    add_piece<T>(x, *piece_of(rows, probed_row(run, item.hp, s, r), piece));
 }
 
 /* The largest |x| of a warp's row -> 2^e, the power of two that brings it near 2^ROW_EXPONENT. */
@@ -148,8 +164,9 @@ PBS_DEVICE float row_unit(const float (&x)[PIECE]) {
     return __uint_as_float(static_cast<uint32_t>(2 * 127 + ROW_EXPONENT - near) << 23);
 }
 
-/* One warp writes one row: lane = piece. Rows beyond the probe are zeros. */
+/* Means in three parts. One warp writes one row: lane = piece. Rows beyond the probe are zeros. */
 template <class T> PBS_KERNEL(SUM_THREADS, 4) score_probe(const score_run run) {
+    begin_kernel();
     const int lane = static_cast<int>(threadIdx.x % 32);
     const int32_t blocks = run.padded_rows / BLOCK_ROWS, strips = strips_of(run.d.head_dim);
     const int32_t index = static_cast<int32_t>(blockIdx.x);
@@ -164,12 +181,9 @@ template <class T> PBS_KERNEL(SUM_THREADS, 4) score_probe(const score_run run) {
     float x[PIECE] = {};
     for (int32_t g = 0; exists && g < each; g++)
         add_query<T>(run, item, s, item.hp * each + g, r, lane, x);
-    float up = 1.0f;
-    if (run.parts > 1) {
-        for (int i = 0; i < PIECE; i++) x[i] /= static_cast<float>(each);
-        up = row_unit(x);
-        for (int i = 0; i < PIECE; i++) x[i] *= up;
-    }
+    for (int i = 0; i < PIECE; i++) x[i] /= static_cast<float>(each);
+    const float up = row_unit(x);
+    for (int i = 0; i < PIECE; i++) x[i] *= up;
     if (lane == 0) run.unit[item.head * run.padded_rows + r] = 1.0f / up;
     if (lane >= strips * STRIP_PIECES) return;
     const int64_t at = fragment_rows(r, strips) + lane / STRIP_PIECES * BLOCK_PIECES +
@@ -181,6 +195,50 @@ template <class T> PBS_KERNEL(SUM_THREADS, 4) score_probe(const score_run run) {
         to_floats<T>(piece, high);
         for (int i = 0; i < PIECE; i++) x[i] -= high[i]; /* exact: what is left for later parts */
         run.probe[(item.head * run.parts + part) * probe_part_pieces(run) + at] = piece;
+    }
+}
+
+/* The probe as rows of q, from probe row `first` on; one part. */
+PBS_DEVICE plain_rows plain_probe(const score_run &run, const score_item &item, const pbs_seq &s,
+                                  int32_t first) {
+    const int32_t row = probed_row(run, item.hp, s, 0), rows = probe_rows_of(run, s);
+    return {rows_of(run.q, item.b, item.hp, s.q_start), row + first, row + rows,
+            run.d.head_dim / PIECE};
+}
+
+/* Probe rows [first, first + 8 blocks) as fragments, by `warps` warps, for columns. */
+PBS_DEVICE void copy_probe(const score_run &run, const score_item &item, const plain_rows &from,
+                           int32_t first, int32_t blocks, int32_t warp, int32_t warps, int lane) {
+    const int32_t strips = strips_of(run.d.head_dim);
+    uint4 *to = run.probe + item.head * probe_part_pieces(run) + fragment_rows(first, strips);
+    for (int32_t i = warp; i < blocks * strips; i += warps)
+        to[i * BLOCK_PIECES + lane] = piece_at(from, i / strips, i % strips, lane);
+}
+
+/* ---- rows ------------------------------------------------------------------------------------ */
+/* Probe row r: row max and row sum of its chunks joined, first to last. */
+PBS_DEVICE probe_row join_chunks(const score_run &run, const score_item &item, int32_t scored,
+                                 int32_t r) {
+    const int32_t chunks = pbs_ceil_div(scored, chunk_keys_of(scored));
+    const float2 *part = run.stats + item.head * run.chunks * run.padded_rows + r;
+    float row_max = -INFINITY, row_sum = 0.0f;
+    for (int32_t c = 0; c < chunks; c++)
+        row_max = fmaxf(row_max, part[int64_t{c} * run.padded_rows].x);
+    for (int32_t c = 0; c < chunks; c++) {
+        const float2 chunk = part[int64_t{c} * run.padded_rows];
+        row_sum += chunk.y * ptx::ex2(chunk.x - row_max);
+    }
+    const float unit =
+        run.parts == 1 ? 1.0f : run.unit[item.head * run.padded_rows + r]; /* of three parts */
+    return {run.scale_log2 * unit, row_max, 1.0f / row_sum, 0.0f};
+}
+
+/* All padded rows of the probe, those that do not exist with weight 0, by the whole block. */
+PBS_DEVICE void join_rows(const score_run &run, const score_item &item, int32_t scored,
+                          int32_t rows, int32_t threads, probe_row *to) {
+    for (int32_t r = static_cast<int32_t>(threadIdx.x); r < run.padded_rows; r += threads) {
+        to[r] = {0.0f, 0.0f, 0.0f, 0.0f};
+        if (r < rows) to[r] = join_chunks(run, item, scored, r);
     }
 }
 

@@ -128,6 +128,20 @@ __device__ __forceinline__ void mma_m16n8k16<fp16>(float (&c)[4], const uint32_t
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+/* ---- launches that overlap ------------------------------------------------------------------- */
+/* From 9.0 on; before, no launch overtakes another. Waits until the launches before this one are
+ * over and what they wrote is there; lets the one behind it begin. 9.7.13.13 */
+PBS_DEVICE void griddepcontrol_wait() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+PBS_DEVICE void griddepcontrol_launch_dependents() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 } // namespace ptx
 } // namespace pbs
 

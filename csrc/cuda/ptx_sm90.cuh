@@ -268,13 +268,6 @@ PBS_DEVICE void cluster_wait() {
     PBS_ASM_SM90("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-/* Waits for the kernels that this one was allowed to overtake; lets those behind it start.
- * 9.7.13.13 */
-PBS_DEVICE void griddepcontrol_wait() { PBS_ASM_SM90("griddepcontrol.wait;" ::: "memory"); }
-PBS_DEVICE void griddepcontrol_launch_dependents() {
-    PBS_ASM_SM90("griddepcontrol.launch_dependents;" ::: "memory");
-}
-
 } // namespace ptx
 } // namespace pbs
 

@@ -9,6 +9,7 @@
 #ifndef PBS_CUDA_ROW_SUMS_CUH
 #define PBS_CUDA_ROW_SUMS_CUH
 
+#include "kernel.cuh"
 #include "rows.cuh"
 
 namespace pbs {

@@ -4,15 +4,16 @@
  * the keys, so that no [probe rows, keys] matrix ever stands in memory.
  *
  *   mean     [b, hq, slab]               partial sums of all query rows; MEAN_QUERY only
- *   probe    [b, hp, 8 rows]             probe rows as fragments, see probe.cuh
+ *   probe    [b, hp, 8 rows]             means of rows as fragments, see probe.cuh; not if rows are
+ *                                        probed as they are
  *   stats    [b, hk, chunk, hp, 128 rows] row max and row sum of one chunk of keys: S = Q K^T
- *   reduce   [b, hp, 32 rows]            the same over all chunks, in a fixed order
- *   columns  [b, hk, 128 keys, hp]       shares of the keys: K Q^T, so that the sum over the probe
- *                                        runs inside a thread
+ *   columns  [b, hk, 128 keys, hp]       chunks joined, shares of the keys: K Q^T, so that the sum
+ *                                        over the probe runs inside a thread; prefill does this in
+ *                                        the launch that also permutes (score_permute.cuh)
  *
- * Heads that share keys are neighbours in the grid and find them in the L2 cache. Probe rows lie in
- * the workspace as fragments (fragments.cuh) and are read through L1; keys pass through shared
- * memory. Complete segments are multiples of 64 keys, so no tile of keys is ragged.
+ * Heads that share keys are neighbours in the grid and find them in the L2 cache. Probe rows are
+ * read through L1; keys pass through shared memory. Complete segments are multiples of 64 keys, so
+ * no tile of keys is ragged.
  */
 #ifndef PBS_CUDA_SCORE_CUH
 #define PBS_CUDA_SCORE_CUH
@@ -59,9 +60,26 @@ PBS_DEVICE void stats_join(float &row_max, float &row_sum, float other_max, floa
     row_max = now;
 }
 
+/* acc = 32 probe rows from `row` on times the 64 keys of a tile. PLAIN: the probe is rows of q. */
+template <class T, bool PLAIN>
+PBS_DEVICE void stats_product(const score_run &run, const score_item &item, const plain_rows &probe,
+                              int32_t row, const uint4 *keys, int lane, float (&acc)[2][8][4]) {
+    const int32_t strips = strips_of(run.d.head_dim);
+    clear(acc);
+    if (PLAIN) {
+        fragment_product<T>(acc, probe, keys, strips, lane);
+    } else {
+        for (int32_t part = run.parts - 1; part >= 0; part--) { /* the small ones first */
+            const uint4 *first = probe_of(run, item.head, part) + fragment_rows(row, strips);
+            fragment_product<T>(acc, fragment_matrix{first, strips}, keys, strips, lane);
+        }
+    }
+}
+
 /* Three blocks on an SM, here and in score_columns: with four, and 128 registers, they spill. */
-template <class T> PBS_KERNEL(SCORE_THREADS, 3) score_stats(const score_run run) {
+template <class T, bool PLAIN> PBS_KERNEL(SCORE_THREADS, 3) score_stats(const score_run run) {
     PBS_SHARED(key_tile, shared); /* two tiles of TILE_COLUMNS keys */
+    begin_kernel();
     const int lane = static_cast<int>(threadIdx.x % 32);
     const int32_t warp = static_cast<int32_t>(threadIdx.x / 32);
     const int32_t row_tiles = pbs_ceil_div(run.padded_rows, TILE_ROWS);
@@ -70,21 +88,29 @@ template <class T> PBS_KERNEL(SCORE_THREADS, 3) score_stats(const score_run run)
     int32_t chunk;
     const score_item item = score_item_of(run, index / row_tiles, run.chunks, &chunk);
     const pbs_seq s = pbs_dims_seq_clamped(&run.d, item.b);
-    const int32_t rows = probe_rows_of(run, s), first_key = chunk * CHUNK_KEYS;
-    const int32_t first_row = index % row_tiles * TILE_ROWS;
-    const int32_t tiles =
-        pbs_min_i32(pbs_complete_keys(s.kv_len, run.d.segment_size) - first_key, CHUNK_KEYS) /
-        TILE_COLUMNS;
-    if (tiles <= 0 || first_row >= rows) return;
+    const int32_t scored = pbs_complete_keys(s.kv_len, run.d.segment_size);
+    const int32_t rows = probe_rows_of(run, s), chunk_keys = chunk_keys_of(scored);
+    const int32_t first_key = chunk * chunk_keys, first_row = index % row_tiles * TILE_ROWS;
+    const int32_t tiles = pbs_min_i32(scored - first_key, chunk_keys) / TILE_COLUMNS;
+    if (tiles <= 0 || rows == 0) return;
 
+    const int32_t row = first_row + warp * WARP_ROWS; /* of acc[0], first half, lane 0 */
+    plain_rows probe = {};
+    if (PLAIN) {
+        probe = plain_probe(run, item, s, first_row);
+        const int32_t blocks = pbs_min_i32(run.padded_rows - first_row, TILE_ROWS) / BLOCK_ROWS;
+        if (chunk == 0) copy_probe(run, item, probe, first_row, blocks, warp, SCORE_WARPS, lane);
+        probe.first += warp * WARP_ROWS;
+    }
+    if (first_row >= rows) return;
     const head_rows keys = rows_of(run.k, item.b, item.hk, s.kv_start);
     const int32_t tile_pieces = strips * (TILE_COLUMNS / BLOCK_ROWS) * BLOCK_PIECES;
-    const int32_t row = first_row + warp * WARP_ROWS + lane / 4; /* of acc[0], first half */
-    const bool works = first_row + warp * WARP_ROWS < rows;
-    const int64_t at = item.head * run.padded_rows + row;
+    const bool works = row < rows;
+    const int64_t at = item.head * run.padded_rows + row + lane / 4;
     float scale[2][2], row_max[2][2], row_sum[2][2];
     for (int i = 0; i < 4; i++) {
-        scale[i / 2][i % 2] = works ? run.scale_log2 * run.unit[at + 8 * i] : 0.0f;
+        const float unit = PLAIN || !works ? 1.0f : run.unit[at + 8 * i];
+        scale[i / 2][i % 2] = run.scale_log2 * unit;
         row_max[i / 2][i % 2] = -INFINITY;
         row_sum[i / 2][i % 2] = 0.0f;
     }
@@ -102,12 +128,8 @@ template <class T> PBS_KERNEL(SCORE_THREADS, 3) score_stats(const score_run run)
         __syncthreads(); /* this tile has arrived for all */
         if (works) {
             float acc[2][8][4];
-            clear(acc);
-            for (int32_t part = run.parts - 1; part >= 0; part--) /* the small ones first */
-                fragment_product<T>(acc,
-                                    probe_of(run, item.head, part) +
-                                        fragment_rows(first_row + warp * WARP_ROWS, strips),
-                                    shared.pieces + tile % 2 * tile_pieces, strips, lane);
+            stats_product<T, PLAIN>(run, item, probe, row, shared.pieces + tile % 2 * tile_pieces,
+                                    lane, acc);
             stats_update(acc, scale, row_max, row_sum);
         }
         __syncthreads(); /* nobody reads it any more */
@@ -120,56 +142,23 @@ template <class T> PBS_KERNEL(SCORE_THREADS, 3) score_stats(const score_run run)
             stats_join(most, sum, __shfl_xor_sync(0xffffffffu, most, lanes),
                        __shfl_xor_sync(0xffffffffu, sum, lanes));
         if (lane % 4 == 0)
-            run.stats[(item.head * run.chunks + chunk) * run.padded_rows + row + 8 * i] =
+            run.stats[(item.head * run.chunks + chunk) * run.padded_rows + row + lane / 4 + 8 * i] =
                 make_float2(most, sum);
     }
 }
 
-/* ---- reduce ---------------------------------------------------------------------------------- */
-enum { REDUCE_WARPS = SUM_THREADS / 32 };
-
-struct reduce_plan {
-    float row_max[REDUCE_WARPS][32], row_sum[REDUCE_WARPS][32];
-};
-
-/* A lane is a row; warp w takes chunks w, w + 8, ..., then the first warp joins the eight. */
-PBS_KERNEL(SUM_THREADS, 4) score_reduce(const score_run run) {
-    PBS_SHARED(reduce_plan, shared);
-    const int lane = static_cast<int>(threadIdx.x % 32);
-    const int32_t warp = static_cast<int32_t>(threadIdx.x / 32), groups = run.padded_rows / 32;
-    const int32_t index = static_cast<int32_t>(blockIdx.x), r = index % groups * 32 + lane;
-    const int64_t head = index / groups;
-    const pbs_seq s = pbs_dims_seq_clamped(&run.d, index / groups / run.d.heads_p);
-    const int32_t chunks =
-        pbs_ceil_div(pbs_complete_keys(s.kv_len, run.d.segment_size), CHUNK_KEYS);
-    const bool exists = r < probe_rows_of(run, s);
-    float row_max = -INFINITY, row_sum = 0.0f;
-    for (int32_t chunk = warp; exists && chunk < chunks; chunk += REDUCE_WARPS) {
-        const float2 part = run.stats[(head * run.chunks + chunk) * run.padded_rows + r];
-        stats_join(row_max, row_sum, part.x, part.y);
-    }
-    shared.row_max[warp][lane] = row_max;
-    shared.row_sum[warp][lane] = row_sum;
-    __syncthreads();
-    if (warp != 0) return;
-    for (int w = 1; w < REDUCE_WARPS && w < chunks; w++)
-        stats_join(row_max, row_sum, shared.row_max[w][lane], shared.row_sum[w][lane]);
-    const int64_t at = head * run.padded_rows + r;
-    run.rows[at] = {run.scale_log2 * run.unit[at], exists ? row_max : 0.0f,
-                    exists ? 1.0f / row_sum : 0.0f, 0.0f};
-}
-
 /* ---- columns --------------------------------------------------------------------------------- */
 /* share[m][half] += what 64 probe rows give to the lane's keys. */
-PBS_DEVICE void add_shares(const float (&acc)[2][8][4], const probe_row *rows, int lane,
-                           float (&share)[2][2]) {
+template <int M>
+PBS_DEVICE void add_shares(const float (&acc)[M][8][4], const probe_row *rows, int lane,
+                           float (&share)[M][2]) {
     PBS_UNROLL
     for (int n = 0; n < 8; n++) {
         PBS_UNROLL
         for (int j = 0; j < 2; j++) {
             const probe_row row = rows[8 * n + 2 * (lane % 4) + j];
             PBS_UNROLL
-            for (int i = 0; i < 4; i++)
+            for (int i = 0; i < 2 * M; i++)
                 share[i / 2][i % 2] +=
                     ptx::ex2(acc[i / 2][n][2 * (i % 2) + j] * row.scale_log2 - row.row_max) *
                     row.weight;
@@ -177,11 +166,42 @@ PBS_DEVICE void add_shares(const float (&acc)[2][8][4], const probe_row *rows, i
     }
 }
 
+/* Scores of 16 M keys of a head, fragments from `keys` on: score[m][half] is that of key
+ * 16 m + lane / 4 + 8 half, in all four lanes. rows: the joined rows of the probe. One warp. */
+template <class T, int M>
+PBS_DEVICE void score_keys(const score_run &run, const score_item &item, int32_t probe_rows,
+                           const uint4 *keys, const probe_row *rows, int lane,
+                           float (&score)[M][2]) {
+    const int32_t strips = strips_of(run.d.head_dim);
+    PBS_UNROLL
+    for (int i = 0; i < 2 * M; i++) score[i / 2][i % 2] = 0.0f;
+    for (int32_t at = 0; at < probe_rows; at += TILE_COLUMNS) {
+        float acc[M][8][4];
+        clear(acc);
+        for (int32_t part = run.parts - 1; part >= 0; part--)
+            fragment_product<T>(acc, fragment_matrix{keys, strips},
+                                probe_of(run, item.head, part) + fragment_rows(at, strips), strips,
+                                lane);
+        add_shares(acc, rows + at, lane, score);
+    }
+    PBS_UNROLL
+    for (int i = 0; i < 2 * M; i++) {
+        float sum = score[i / 2][i % 2];
+        for (int lanes = 1; lanes < 4; lanes *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
+        score[i / 2][i % 2] = sum / static_cast<float>(probe_rows);
+    }
+}
+
+struct columns_plan {
+    probe_row rows[MOST_PROBE_ROWS];
+    uint4 keys[BLOCK_PIECES]; /* TILE_ROWS keys as fragments */
+};
+
 template <class T> PBS_KERNEL(SCORE_THREADS, 3) score_columns(const score_run run) {
-    PBS_SHARED(key_tile, shared); /* TILE_ROWS keys */
+    PBS_SHARED(columns_plan, shared);
+    begin_kernel();
     const int lane = static_cast<int>(threadIdx.x % 32);
     const int32_t thread = static_cast<int32_t>(threadIdx.x), warp = thread / 32;
-    const int32_t strips = strips_of(run.d.head_dim);
     int32_t tile;
     const score_item item = score_item_of(run, static_cast<int32_t>(blockIdx.x),
                                           pbs_ceil_div(run.d.max_k, TILE_ROWS), &tile);
@@ -192,36 +212,28 @@ template <class T> PBS_KERNEL(SCORE_THREADS, 3) score_columns(const score_run ru
     if (first + thread >= scored && first + thread < run.d.max_k) score[first + thread] = 0.0f;
     if (first >= scored) return;
 
-    fragment_load(shared.pieces, rows_of(run.k, item.b, item.hk, s.kv_start), first,
+    fragment_load(shared.keys, rows_of(run.k, item.b, item.hk, s.kv_start), first,
                   pbs_min_i32(scored - first, TILE_ROWS) / BLOCK_ROWS, run.d.head_dim, warp,
                   SCORE_WARPS, lane);
     ptx::cp_async_commit();
+    join_rows(run, item, scored, rows, SCORE_THREADS, shared.rows);
     ptx::cp_async_wait<0>();
     __syncthreads();
     const int32_t key = first + warp * WARP_ROWS;
     if (key >= scored) return;
-    const uint4 *keys = shared.pieces + fragment_rows(warp * WARP_ROWS, strips);
-    float share[2][2] = {};
-    for (int32_t at = 0; at < rows; at += TILE_COLUMNS) {
-        float acc[2][8][4];
-        clear(acc);
-        for (int32_t part = run.parts - 1; part >= 0; part--)
-            fragment_product<T>(acc, keys,
-                                probe_of(run, item.head, part) + fragment_rows(at, strips), strips,
-                                lane);
-        add_shares(acc, run.rows + item.head * run.padded_rows + at, lane, share);
-    }
+    float found[WARP_ROWS / 16][2];
+    score_keys<T>(run, item, rows,
+                  shared.keys + fragment_rows(warp * WARP_ROWS, strips_of(run.d.head_dim)),
+                  shared.rows, lane, found);
+    if (lane % 4 != 0) return;
     PBS_UNROLL
-    for (int i = 0; i < 4; i++) {
-        float sum = share[i / 2][i % 2];
-        for (int lanes = 1; lanes < 4; lanes *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
-        if (lane % 4 == 0) score[key + lane / 4 + 8 * i] = sum / static_cast<float>(rows);
-    }
+    for (int i = 0; i < WARP_ROWS / 8; i++) score[key + lane / 4 + 8 * i] = found[i / 2][i % 2];
 }
 
 /* ---- no probe -------------------------------------------------------------------------------- */
 /* PBS_ORDER_RANDOM: one thread a key. */
 PBS_KERNEL(SUM_THREADS, 4) score_random(const score_run run) {
+    begin_kernel();
     const int32_t tiles = pbs_ceil_div(run.d.max_k, SUM_THREADS);
     const int32_t index = static_cast<int32_t>(blockIdx.x), head = index / tiles;
     const int32_t b = head / run.d.heads_p, hp = head % run.d.heads_p;

@@ -17,6 +17,7 @@
 
 #include "../core/bits.h"
 #include "../core/select_rows.h"
+#include "kernel.cuh"
 #include "rows.cuh"
 #include "rule.cuh"
 
@@ -140,6 +141,7 @@ PBS_DEVICE void finish_row(const select_args &a, const strip_job &job, int32_t r
 }
 
 template <class S> PBS_KERNEL(SELECT_THREADS, 2) select_kernel(const select_args a) {
+    begin_kernel();
     for (int64_t item = blockIdx.x; item < a.items; item += gridDim.x) {
         const strip_job job = job_of(a, item);
         S::score(a, job);

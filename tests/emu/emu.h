@@ -30,6 +30,8 @@ struct launch_shape {
     size_t shared;
     int cluster;  /* blocks of a cluster; they run together */
     int together; /* clusters that run at the same time; 0: as the seed says, 1 to 3 */
+    bool overtakes =
+        false; /* it may begin before the launches before it are over: see wait_for_launches */
 };
 
 /* One grid; NULL, or what went wrong, valid until the next launch of this OS thread. */
@@ -45,6 +47,9 @@ const char *launch(const char *name, int64_t blocks, int threads, size_t shared,
     return launch({name, blocks, threads, shared, 1, 0}, static_cast<F &&>(kernel));
 }
 
+/* Launches that came to an end, of all OS threads. */
+extern "C" int64_t pbs_emu_launches(void);
+
 /* The block's dynamic shared memory, if the launch asked for that many bytes. */
 void *shared_memory(size_t bytes);
 
@@ -54,6 +59,10 @@ void *shared_memory(size_t bytes);
 
 /* bar.sync id, threads; threads = 0: all that live. Returns how many of them said yes. */
 int barrier_sync(int id, int threads, bool yes);
+
+/* Launches run one after another here, so there is nothing to wait for; but a thread of a launch
+ * that overtakes fails if it ends and has never been here. */
+void wait_for_launches();
 
 /* Lanes of mask exchange 64 bits: the value of lane `source`. */
 enum class shuffle_kind { INDEX, XOR, UP, DOWN };

@@ -68,6 +68,7 @@ struct thread {
     block *home;
     wait_reason waits;
     thread *next_waiter;
+    bool waited; /* for the launches before this one */
     copy_queue copies;
 };
 

@@ -62,6 +62,10 @@ inline void mma_m16n8k16<fp16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b
     emu::mma_m16n8k16(true, c, a, b0, b1);
 }
 
+/* ---- launches that overlap ------------------------------------------------------------------- */
+PBS_DEVICE void griddepcontrol_wait() { emu::wait_for_launches(); }
+PBS_DEVICE void griddepcontrol_launch_dependents() {}
+
 } // namespace ptx
 } // namespace pbs
 

@@ -80,8 +80,6 @@ static inline uint32_t cluster_rank() { return emu::cluster_rank(); }
 static inline uint32_t mapa(uint32_t address, uint32_t rank) { return emu::mapa(address, rank); }
 static inline void cluster_arrive() { emu::cluster_arrive(); }
 static inline void cluster_wait() { emu::cluster_wait(); }
-static inline void griddepcontrol_wait() {}
-static inline void griddepcontrol_launch_dependents() {}
 
 /* ---- tensor cores ---------------------------------------------------------------------------- */
 template <class T> inline constexpr bool is_bf16 = false;

@@ -29,12 +29,16 @@ std::atomic<int> option_delivery{static_cast<int>(environment("PBS_EMU_DELIVERY"
 
 thread_local std::unique_ptr<machine> own_machine;
 
+std::atomic<int64_t> launches{0};
+
 } // namespace
 
 extern "C" void pbs_emu_set(uint64_t seed, int delivery) {
     option_seed = seed;
     option_delivery = delivery;
 }
+
+extern "C" int64_t pbs_emu_launches(void) { return launches; }
 
 /* ---- order ----------------------------------------------------------------------------------- */
 /* xorshift64* */
@@ -237,9 +241,13 @@ void barrier_arrive(int id, int threads) {
 }
 
 /* ---- threads --------------------------------------------------------------------------------- */
+void wait_for_launches() { self().waited = true; }
+
 static void end_thread() {
     thread &t = self();
     machine &m = *the_machine;
+    if (m.shape.overtakes && !t.waited)
+        fail("it ends without a griddepcontrol.wait, in a launch that may overtake");
     check_copies_waited(t);
     hopper_thread_ended(t);
     t.home->live--;
@@ -303,6 +311,7 @@ static void start_block(machine &m, int index, int64_t number) {
         thread &t = b.threads[static_cast<size_t>(i)];
         t.number = i;
         t.home = &b;
+        t.waited = false;
         t.team = &b.warps[static_cast<size_t>(i / LANES)];
         t.where.thread = {static_cast<unsigned>(i), 0, 0};
         t.where.block = {static_cast<unsigned>(number), 0, 0};
@@ -378,6 +387,7 @@ const char *launch_grid(const launch_shape &shape, void (*call)(void *), void *k
         }
         if (!run_wave(m)) return m.error.c_str();
     }
+    launches++;
     return nullptr;
 }
 

@@ -46,41 +46,44 @@ void make(problem &p, pbs_own own, int32_t heads, int32_t seqlen, int32_t block,
 }
 
 /* Key blocks in which some key is read by some row of the item. */
-int32_t length_of(const problem &p, int32_t item) {
+struct walk {
+    int32_t own, listed;
+};
+
+walk walk_of(const problem &p, int32_t item) {
     const pbs_dims &d = p.args.dims;
     const int32_t m = item % d.blocks_q, b = item / d.blocks_q / d.heads_q;
     const int32_t offset = p.kv_len[b] - p.q_len[b], first = m * d.block_q;
     const int32_t rows = std::min(first + d.block_q, p.q_len[b]);
-    if (first >= rows) return 0;
+    if (first >= rows) return {0, 0};
     const int32_t own = p.args.own == PBS_OWN_ALL
                             ? 0
                             : (offset + first) / d.segment_size * d.segment_size / d.block_k;
-    int32_t length = 0;
+    walk found = {0, 0};
     for (int32_t n = 0; n * d.block_k < offset + rows; n++) {
         const uint32_t word = p.bits[static_cast<size_t>(item * d.words + n / 32)];
-        const bool listed = word >> n % 32 & 1;
-        length += p.args.own == PBS_OWN_NONE ? n < own && listed : n >= own || listed;
+        found.own += n >= own && p.args.own != PBS_OWN_NONE;
+        found.listed += n < own && (word >> n % 32 & 1);
     }
-    return length;
+    return found;
 }
 
-void check_order(problem &p) {
-    const int32_t groups = pbs::order_groups(p.items);
-    std::vector<uint8_t> bucket(static_cast<size_t>(p.items), 0xff);
-    std::vector<int32_t> count(static_cast<size_t>(groups) * pbs::ORDER_BUCKETS, -1);
-    std::vector<int32_t> order(static_cast<size_t>(p.items), -1), want(order.size());
+void check_order(problem &p, bool counted) {
+    const size_t items = static_cast<size_t>(p.items);
+    std::vector<uint8_t> bucket(items, 0xff);
+    std::vector<int32_t> order(items, -1), want(items), count(items);
     int32_t taken = -1;
-    const pbs::order_args o = {p.items, bucket.data(), count.data(), order.data(), &taken};
-    const size_t shared = sizeof(pbs::order_plan);
-    CHECK_RUNS(emu::launch("order_count", groups, pbs::ORDER_THREADS, shared,
-                           [&] { pbs::order_count(p.args, o); }));
-    CHECK_RUNS(emu::launch("order_place", groups, pbs::ORDER_THREADS, shared,
-                           [&] { pbs::order_place(o); }));
+    for (int32_t i = 0; i < p.items; i++) count[static_cast<size_t>(i)] = walk_of(p, i).listed;
+    const pbs::order_args o = {p.items, counted ? count.data() : nullptr, bucket.data(),
+                               order.data(), &taken};
+    CHECK_RUNS(emu::launch("order_items", 1, pbs::ORDER_THREADS, sizeof(pbs::order_plan),
+                           [&] { pbs::order_items(p.args, o); }));
     CHECK(taken == 0, "%d row blocks are gone before the first", taken);
     std::vector<int32_t> key(order.size());
     const int64_t longest = p.args.dims.blocks_k;
     for (int32_t i = 0; i < p.items; i++) {
-        const int64_t shorter = longest - length_of(p, i);
+        const walk w = walk_of(p, i);
+        const int64_t shorter = longest - w.own - w.listed;
         want[static_cast<size_t>(i)] = i;
         key[static_cast<size_t>(i)] = static_cast<int32_t>(
             longest < pbs::ORDER_BUCKETS ? shorter : shorter * pbs::ORDER_BUCKETS / (longest + 1));
@@ -100,6 +103,6 @@ EMU_TEST(order_of_items) {
             problem p;
             make(p, static_cast<pbs_own>(own), seqlen > 9000 ? 1 : 5, seqlen, 64,
                  static_cast<uint64_t>(seqlen + own));
-            check_order(p);
+            for (bool counted : {false, true}) check_order(p, counted);
         }
 }

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <set>
+#include <string.h>
 #include <thread>
 #include <vector>
 
@@ -89,6 +90,18 @@ EMU_TEST(blocks_together) {
         }));
         CHECK(wrong == 0, "seed %d: %d wrong", seed, wrong);
     }
+}
+
+/* A launch that may overtake the one before it: every thread waits, or it is a fault. */
+EMU_TEST(launches_that_overtake) {
+    const int64_t before = pbs_emu_launches();
+    CHECK_RUNS(emu::launch({"test", 3, 64, 0, 1, 0, true}, [&] { emu::wait_for_launches(); }));
+    const char *error = emu::launch({"test", 3, 64, 0, 1, 0, true}, [&] {
+        if (blockIdx.x != 1 || threadIdx.x != 7) emu::wait_for_launches();
+    });
+    CHECK(error && strstr(error, "block 1, thread 7") && strstr(error, "griddepcontrol.wait"),
+          "\"%s\"", error ? error : "no error");
+    CHECK(pbs_emu_launches() == before + 1, "launches that came to an end");
 }
 
 /* Each OS thread has a machine of its own. */
