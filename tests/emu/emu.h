@@ -17,6 +17,8 @@
 /* Options of the launches that follow, of all OS threads: the order in which threads run and the
  * time when copies arrive. Before the first call: PBS_EMU_SEED and PBS_EMU_DELIVERY, else 0. */
 extern "C" void pbs_emu_set(uint64_t seed, int delivery);
+/* Launches that came to an end, of all OS threads. */
+extern "C" int64_t pbs_emu_launches(void);
 
 namespace emu {
 
@@ -46,9 +48,6 @@ template <class F>
 const char *launch(const char *name, int64_t blocks, int threads, size_t shared, F &&kernel) {
     return launch({name, blocks, threads, shared, 1, 0}, static_cast<F &&>(kernel));
 }
-
-/* Launches that came to an end, of all OS threads. */
-extern "C" int64_t pbs_emu_launches(void);
 
 /* The block's dynamic shared memory, if the launch asked for that many bytes. */
 void *shared_memory(size_t bytes);

@@ -33,12 +33,12 @@ std::atomic<int64_t> launches{0};
 
 } // namespace
 
+extern "C" int64_t pbs_emu_launches(void) { return launches; }
+
 extern "C" void pbs_emu_set(uint64_t seed, int delivery) {
     option_seed = seed;
     option_delivery = delivery;
 }
-
-extern "C" int64_t pbs_emu_launches(void) { return launches; }
 
 /* ---- order ----------------------------------------------------------------------------------- */
 /* xorshift64* */
