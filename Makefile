@@ -24,7 +24,7 @@ include check.mk
 include tests/emu/emu.mk
 emu: $(VENV)/.torch
 
-.PHONY: help demo eval-demo test test-long build bench lint format cuda prebuilt resources symbols unit tf457 \
+.PHONY: help demo eval-demo test test-long build bench lint format cuda variants prebuilt resources symbols unit tf457 \
 	demo-short examples clean
 
 help: ## this list
@@ -70,10 +70,16 @@ cuda: build ## every CUDA kernel for every target, and what ptxas says of it
 	@if nvcc=$$($(PY) build_tools/cuda.py); then $(MAKE) --no-print-directory resources; \
 	else tools/need nvcc "$$nvcc: the CUDA kernels were NOT compiled"; fi
 
-prebuilt: build $(VENV)/.torch ## what tools/gpu_check.sh --prebuilt takes to a machine without nvcc
+variants: $(VENV)/.torch ## a second CUDA library with the kernels that a GPU is to decide between
+	@PBS_BUILD_VARIANTS=1 $(PY) setup.py -q build_ext --inplace
+
+# All that is carried stays below 64 MiB.
+PREBUILT := build/ptx/test_ptx build/ptx_expected.bin build/peak/mma.so build/variants/_C_cuda.abi3.so
+prebuilt: variants ## what tools/gpu_check.sh --prebuilt takes to a machine without nvcc
 	@$(emu_make) ptx-program
 	@$(PY) -m benchmarks.peak.mma
-	@ls -sh1 pbs_attn/_C*.so build/ptx/test_ptx build/ptx_expected.bin build/peak/mma.so
+	@ls -sh1 pbs_attn/_C*.so $(PREBUILT)
+	@du -cm pbs_attn/_C*.so $(PREBUILT) | awk 'END { print $$1 " MiB"; exit $$1 > 64 }'
 
 resources: ## registers, shared memory and spills of the CUDA kernels as they were built
 	$(PY) tools/kernel_resources.py

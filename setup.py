@@ -9,6 +9,7 @@ PBS_TORCH_INCLUDE   include folder of any torch >= 2.10 (default: the one of thi
 PBS_BUILD_CUDA      auto (default): with nvcc if there is one; 0 = never; 1 = no nvcc is an error
 PBS_CUDA_HOME       the toolkit; else CUDA_HOME, CUDA_PATH, nvcc on PATH, /usr/local/cuda
 PBS_CUDA_ARCHS      targets (default 80;90;80+PTX); 80 alone is quick, for developers
+PBS_BUILD_VARIANTS  1: also build/variants/_C_cuda.abi3.so, with what benchmarks.variants compares
 """
 
 import os
@@ -16,6 +17,7 @@ import platform
 import shlex
 import sys
 import sysconfig
+from dataclasses import replace
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -34,6 +36,7 @@ TORCH_FLOOR = "0x020a000000000000"  # stable ABI of 2.10
 EXPORTS = "build_tools/exports.map"
 OBJECTS = Path("build/objects")  # not build_temp: editable builds throw that away
 CUDA_LIBRARY = "pbs_attn._C_cuda"
+VARIANTS = Path("build/variants")  # a second CUDA library, not for users
 NVCC, NO_CUDA = cuda.choose_nvcc()
 
 C_FLAGS = (
@@ -118,6 +121,10 @@ class BuildPBS(build_ext):
         jobs = [build.job(Path(name)) for name in ext.sources]
         compile_all(jobs)
         build.link([str(job.object) for job in jobs], target)
+        if build.toolkit and os.environ.get("PBS_BUILD_VARIANTS") == "1":
+            jobs = [build.variants(job) for job in jobs]
+            compile_all(jobs)
+            build.link([str(job.object) for job in jobs], VARIANTS / target.name)
 
 
 class Library:
@@ -178,6 +185,14 @@ class Library:
         speed, log = ("--threads", str(threads)), obj.with_suffix(".log")
         return Job(source, obj, command, self.toolkit.identity, speed, log)
 
+    def variants(self, job: Job) -> Job:
+        """The same object, but for the one file that has variants."""
+        if job.source.name != cuda.VARIANTS_FILE:
+            return job
+        command = (*job.command, cuda.VARIANTS_FLAG)
+        obj = VARIANTS / job.object.name
+        return replace(job, command=command, object=obj, log=obj.with_suffix(".log"))
+
     def link(self, objects: list[str], target: Path) -> None:
         stubs = OBJECTS / "stubs"
         fresh = target.with_name(target.name + ".new")  # a running process keeps the old file
@@ -187,7 +202,7 @@ class Library:
             link += ["-Xlinker", flag]
         for flag in shlex.split(os.environ.get("LDFLAGS", "")):
             link += ["-Xcompiler", flag] if self.toolkit else [flag]
-        record = OBJECTS / f"{target.name}.link"
+        record = (VARIANTS if target.parent == VARIANTS else OBJECTS) / f"{target.name}.link"
         if target.is_file() and record.is_file() and record.read_text() == shlex.join(link):
             built = target.stat().st_mtime_ns
             if all(os.stat(p).st_mtime_ns < built for p in (*objects, EXPORTS)):

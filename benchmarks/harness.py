@@ -21,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from benchmarks import inputs, machine, options, table, targets
+from benchmarks import inputs, machine, options, table, targets, targets_gpu
 from benchmarks.inputs import Shape
 
 DRIFT = 0.10  # probes further apart than this flag the sample between them
@@ -254,8 +254,15 @@ def entry(work, dtype: str, rows: list[Row], taken: dict) -> dict:
         for unit, pair in sample["probes"].items():
             seen.setdefault(unit, []).extend(pair)
     probes = {unit: statistics.median(rates) for unit, rates in seen.items()}
+    for row, result in zip(rows, results, strict=True):
+        result |= {"dense_kernel": True} if row.dense else {}
+    made = about | {"probes": probes, "best_dense": best, "rows": results} | _failed(work)
+    checks = targets_gpu.of_prefill(made, work.device.family)
+    made["targets"] = [check.record() for check in checks]
     print(table.gpu_table(title, probes, results, best, work.failures), flush=True)
-    return about | {"probes": probes, "best_dense": best, "rows": results} | _failed(work)
+    for check in checks:
+        print(f"  {check}", flush=True)
+    return made
 
 
 def _failed(work) -> dict:

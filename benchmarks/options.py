@@ -39,6 +39,12 @@ PREFILL = """\
   python -m benchmarks.prefill --threads 1,2 --lengths 4k,8k,16k,32k,64k --heads 1 --heads-k 1
   python -m benchmarks.prefill --lengths 128k --heads 1 --heads-k 1 --max-dense 32k
 """
+VARIANTS = """\
+examples:
+  python -m benchmarks.variants --device cuda --json results
+  python -m benchmarks.variants --device cuda --head-dims 128 --names three-stages,slack
+  python -m benchmarks.variants --device cuda --lengths 16k --forced 64k --share 0.2
+"""
 
 
 def length(text: str) -> int:
@@ -65,6 +71,7 @@ def strides(text: str, block: int) -> list[int]:
 
 def parser(verb: str) -> argparse.ArgumentParser:
     examples = EXAMPLES + (MORE if verb in ("attend", "prefill") else "")
+    examples = VARIANTS if verb == "variants" else examples
     p = argparse.ArgumentParser(
         prog=f"python -m benchmarks.{verb}",
         description=f"Measure {verb}: see benchmarks/README.md for how to read the table.",
@@ -118,6 +125,13 @@ def parser(verb: str) -> argparse.ArgumentParser:
     if verb == "prefill":
         even = "from which length on is the sparse call the faster one? For pbs_attn/routing.py"
         p.add_argument("--break-even", action="store_true", help=even)
+    if verb == "variants":
+        p.add_argument("--head-dims", default="64,96,128,256", help="(%(default)s)")
+        p.add_argument("--names", help="of the table, with commas between (all)")
+        long = "lengths with random history blocks at a forced density (%(default)s)"
+        p.add_argument("--forced", default="32k", help=long)
+        p.add_argument("--share", type=float, default=0.3, help="that density (%(default)s)")
+        p.set_defaults(inputs="normal")
     return p
 
 
@@ -131,6 +145,8 @@ def parse(verb: str, arguments=None) -> argparse.Namespace:
         args.device = "cuda:0"
     if getattr(args, "break_even", False) and args.lengths is None:
         args.lengths = LADDER[kind]
+    if verb == "variants":
+        args.lengths, args.dtypes = args.lengths or "4k,16k", args.dtypes or "bf16"
     if args.quick:
         vars(args).update(QUICK[kind] | ({"lengths": args.lengths} if args.lengths else {}))
     for name, value in DEFAULTS[kind].items():

@@ -7,7 +7,18 @@ The headline benchmark; benchmarks/README.md says how to read its table.
 import sys
 
 import pbs_attn
-from benchmarks import attend, baselines, flex, harness, overhead, permute, score, select, steps
+from benchmarks import (
+    attend,
+    baselines,
+    flex,
+    harness,
+    overhead,
+    paper,
+    permute,
+    score,
+    select,
+    steps,
+)
 from benchmarks.harness import Row
 
 
@@ -18,6 +29,7 @@ def rows(work) -> list[Row]:
         call(work, memory(work)),
         *(row for verb in (score, permute, select, attend) for row in verb.rows(work)),
         *attend.forced(work),
+        *paper.rows(work),
         *overhead.rows(work),
         *baselines.rows(work),
         *flex.rows(work),

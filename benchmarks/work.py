@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 
 import torch
 
 from benchmarks import inputs, options
-from pbs_attn import PBSConfig, _load, ops
+from pbs_attn import PBSConfig, _load, devices, ops
 from pbs_attn import geometry as geo
 from pbs_attn.selection import PERMUTES_QUERIES, mask_to_bits, own_of
 
@@ -54,9 +55,12 @@ class Work:
         return own_of(self.config.permute)
 
     def _isa(self) -> str:
-        """Which kernels a call takes. The CUDA library has one set, so it is not asked."""
+        """Which kernels a call takes. On a GPU: attend's; all else is the same on every one."""
         ask = getattr(_load.of(self.q.device), "isa", None)
-        return ask(str(self.shape.dtype).removeprefix("torch.")) if ask else "sm80"
+        if ask:
+            return ask(str(self.shape.dtype).removeprefix("torch."))
+        hopper = devices.capability(self.q.device) == (9, 0)
+        return "sm90" if hopper and os.environ.get("PBS_ATTN_ISA") != "sm80" else "sm80"
 
     def blocks(self, own: str | None = None):
         own = own or self.own
@@ -73,7 +77,7 @@ class Work:
             self.q, self.k, self.v, self.s, mode=mode, correction=correction, **self.sizes
         )
 
-    def select(self, stride: int | None = None):
+    def select(self, stride: int | None = None, rule: str | None = None, tau: float | None = None):
         c = self.config
         return ops.select(
             self.q,
@@ -84,13 +88,13 @@ class Work:
             method=c.select,
             stride=stride or c.stride,
             reduce=c.reduce,
-            rule=c.rule,
+            rule=rule or c.rule,
             normalize=c.normalize,
-            tau=c.tau,
+            tau=c.tau if tau is None else tau,
             **self.sizes,
         )
 
-    def attend(self, bits=None, correction: str | None = None):
+    def attend(self, bits=None, correction: str | None = None, isa: str = "auto"):
         """Over the blocks chosen, or over `bits`, with the method's correction or another."""
         size, segment = self.config.block_size, self.config.segment_size
         return ops.attend(
@@ -104,6 +108,7 @@ class Work:
             segment_size=segment,
             own=self.own,
             correction=correction or self.config.correction,
+            isa=isa,
         )
 
     def attend_bits(self, bits):
@@ -120,9 +125,9 @@ class Work:
             own=self.own,
         )
 
-    def dense(self):
+    def dense(self, isa: str = "auto"):
         size = self.config.block_size
-        return ops.attend(self.q, self.k, self.v, own="all", block_q=size, block_k=size)
+        return ops.attend(self.q, self.k, self.v, own="all", block_q=size, block_k=size, isa=isa)
 
     def prefill(self):
         return ops.prefill(self.q, self.k, self.v, self.config)

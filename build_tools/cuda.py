@@ -22,6 +22,8 @@ MODES = ("auto", "0", "1")
 DEFAULT_ARCHS = "80;90;80+PTX"
 MIN_ARCH = 80
 HOPPER_FILE = "sm90"  # in the name of a source that needs the instructions of 9.0a
+# What a GPU is to decide between: csrc/cuda/attend_instances_sm90.inc.
+VARIANTS_FILE, VARIANTS_FLAG = "attend_sm90.cu", "-DPBS_ATTEND_VARIANTS"
 
 # -Xptxas -v: registers and spills of every kernel, kept in the log beside the object file.
 NVCC_FLAGS = (

@@ -4,6 +4,8 @@ gives them their CUDA kernels from `pbs_attn._C_cuda` where torch is built with 
 asked for anything."""
 
 import importlib
+import importlib.util
+import os
 import sys
 from pathlib import Path
 
@@ -49,18 +51,29 @@ def _version(module):
 
 def _import_cuda():
     """(module, None) or (None, why not). A missing or broken one never breaks the CPU's."""
-    found = sorted(_HERE.glob("_C_cuda*.so"))
+    named = os.environ.get("PBS_ATTN_CUDA_LIBRARY")
+    found = [Path(named)] if named else sorted(_HERE.glob("_C_cuda*.so"))
     if not found:
         return None, C.build_info()["no_cuda"] or f"there is no _C_cuda.abi3.so in {_HERE}"
     if not torch.version.cuda:
         return None, f"torch {torch.__version__} is built without CUDA"
     try:
-        module = importlib.import_module("pbs_attn._C_cuda")
+        module = _from_file(named) if named else importlib.import_module("pbs_attn._C_cuda")
     except ImportError as error:
         return None, f"cannot load {found[0]} under torch {torch.__version__}: {error}"
     if module.abi_version() != ABI_VERSION:
         return None, _version(module)
     return module, None
+
+
+def _from_file(path):
+    """pbs_attn._C_cuda from elsewhere. Once: the ops of a second one would not register."""
+    name = "pbs_attn._C_cuda"
+    if name not in sys.modules:
+        module = importlib.util.module_from_spec(importlib.util.spec_from_file_location(name, path))
+        sys.modules[name] = module
+        module.__spec__.loader.exec_module(module)
+    return sys.modules[name]
 
 
 def _cure(error):

@@ -9,6 +9,7 @@
 | PBS_ATTN_DISABLE | 0, 1 | always take the dense route |
 | PBS_ATTN_LOG | debug, info, warning, error | level of the logger `pbs_attn` |
 | PBS_ATTN_ISA | c, avx2, ... | read by the C core: which kernels run |
+| PBS_ATTN_CUDA_LIBRARY | path | a CUDA library in place of the package's own; see docs/cuda.md |
 """
 
 import json

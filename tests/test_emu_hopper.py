@@ -257,5 +257,15 @@ def test_unknown_variant(backend, monkeypatch):
         pytest.skip("built with PBS_ATTEND_VARIANTS alone")
     monkeypatch.setenv("PBS_ATTEND_VARIANT", "static")
     inputs = cases.make_inputs(432, (1, 1), 128, head_dim=256, dtype=BF16)
-    with pytest.raises(ValueError, match='VARIANT: "static"; not one for head_dim 256'):
+    with pytest.raises(ValueError, match='VARIANT: "static"; for head_dim 256: turns, slack$'):
+        check(backend, inputs, random_blocks(1, 128, 128))
+
+
+def test_variants_are_of_the_width_that_a_call_has(backend, monkeypatch):
+    """A line of wider tiles would run, too, and be slower for another reason than its own."""
+    if backend.name != "emu":
+        pytest.skip("built with PBS_ATTEND_VARIANTS alone")
+    monkeypatch.setenv("PBS_ATTEND_VARIANT", "three-stages")
+    inputs = cases.make_inputs(433, (1, 1), 128, head_dim=64, dtype=BF16)
+    with pytest.raises(ValueError, match='"three-stages"; for head_dim 64: no-turns, slack$'):
         check(backend, inputs, random_blocks(1, 128, 128))

@@ -131,7 +131,8 @@ pbs_status launch_shape(const pbs_exec &exec, const attend_run &run, bool *taken
 
 } // namespace
 
-/* PBS_ATTEND_VARIANT: a line of the table by name, in builds that have them. */
+/* ---- variants -------------------------------------------------------------------------------- */
+/* PBS_ATTEND_VARIANT: lines of the table by name, in builds that have them; read at every call. */
 static const char *wanted_variant() {
 #if defined(PBS_ATTEND_VARIANTS)
     const char *name = getenv("PBS_ATTEND_VARIANT");
@@ -141,21 +142,44 @@ static const char *wanted_variant() {
 #endif
 }
 
+/* Of the tiles that a call runs on, whichever variant; 0: the table has none for it. */
+static int32_t tile_width(const pbs_dims &d) {
+#define VARIANT(...)
+#define INSTANCE(dtype_, T, D, ...) \
+    if (d.dtype == dtype_ && d.head_dim <= D) return D;
+#include "attend_instances_sm90.inc"
+#undef INSTANCE
+#undef VARIANT
+    return 0;
+}
+
+static pbs_status refuse_variant(const char *name, const pbs_dims &d, int32_t width) {
+    char allowed[160] = "";
+#define INSTANCE(...)
+#define VARIANT(name_, dtype_, T, D, ...)                                                        \
+    if (d.dtype == dtype_ && width == D && strlen(allowed) + strlen(name_) + 3 < sizeof allowed) \
+        strcat(strcat(allowed, *allowed ? ", " : ""), name_);
+#include "attend_instances_sm90.inc"
+#undef INSTANCE
+#undef VARIANT
+    return pbs_fail(PBS_ERR_VALUE, "PBS_ATTEND_VARIANT: \"%.32s\"; for head_dim %d: %s", name,
+                    d.head_dim, *allowed ? allowed : "none");
+}
+
 pbs_status launch_attend_sm90(const pbs_exec &exec, const attend_run &run, bool *taken) {
     const pbs_dims &d = run.args.dims;
+    const int32_t width = tile_width(d);
     const char *variant = wanted_variant();
     *taken = false;
 #define VARIANT(name, dtype_, T, D, ...)                                                     \
-    if (d.dtype == dtype_ && d.head_dim <= D && strcmp(variant, name) == 0)                  \
+    if (d.dtype == dtype_ && width == D && strcmp(variant, name) == 0)                       \
         return run.corrects ? launch_shape<T, shape<D, __VA_ARGS__, true>>(exec, run, taken) \
                             : launch_shape<T, shape<D, __VA_ARGS__, false>>(exec, run, taken);
 #define INSTANCE(...) VARIANT("", __VA_ARGS__)
 #include "attend_instances_sm90.inc"
 #undef INSTANCE
 #undef VARIANT
-    if (!*variant) return PBS_OK;
-    return pbs_fail(PBS_ERR_VALUE, "PBS_ATTEND_VARIANT: \"%s\"; not one for head_dim %d", variant,
-                    d.head_dim);
+    return *variant ? refuse_variant(variant, d, width) : PBS_OK;
 }
 
 } // namespace pbs
