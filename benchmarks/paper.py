@@ -28,7 +28,7 @@ def rows(work) -> list[Row]:
 
 
 def whole(work, blocks: float) -> Row:
-    budget = budget_for(work, blocks)
+    budget = budget_for(work.blocks(), blocks)
     config = work.config.replace(rule="budget", tau=budget)
     _, count, _ = work.select(rule="budget", tau=budget)
     selected, computed, _ = geo.selected_blocks(count, work.blocks())
@@ -39,10 +39,9 @@ def whole(work, blocks: float) -> Row:
     return row
 
 
-def budget_for(work, blocks: float) -> int:
+def budget_for(found: geo.Blocks, blocks: float) -> int:
     """The smallest number of history blocks a row, at least 1, by which the mean row computes
     `blocks`, its own span included; all there are, where that is fewer."""
-    found = work.blocks()
     own, history = found.own.double(), (found.causal - found.own).long()
     for budget in range(1, int(history.max()) + 1):
         if float((own + history.clamp(max=budget)).mean()) >= blocks:

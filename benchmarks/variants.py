@@ -91,6 +91,8 @@ def under(name: str, call):
 
 def lacks(work) -> str | None:
     """Why the library that is loaded has no variants; it must refuse a name that nobody has."""
+    if work.isa == "sm80":
+        return "variants are of compute capability 9.0"
     try:
         with variant("?"):
             work.dense()

@@ -266,6 +266,7 @@ def test_order_and_commands(monkeypatch):
     found = {s.name: s for s in steps.all_steps(machine())}
     assert list(found)[:3] == ["build", "ptx", "doctor"]
     assert list(found)[-4:] == ["break-even", *steps.SANITIZERS]  # these may find no time left
+    assert list(found).index("variants") > max(list(found).index(n) for n in steps.REQUIRED)
     assert set(steps.TESTS) < set(found)
     assert found["build"].environment["PBS_CUDA_ARCHS"] == "90"  # no such nvcc: the GPU's own
     assert found["build"].environment["MAX_JOBS"] == "16"
@@ -285,13 +286,6 @@ def test_less_is_said_not_failed(tmp_path):
     assert "setup.py" not in found["build"].command
     if not (ROOT / "build/ptx/test_ptx").is_file():
         assert "no nvcc" in found["ptx"].missing
-
-
-def test_results_of_the_benchmarks_go_where_asked(tmp_path):
-    found = steps.benchmarks(machine(results=tmp_path))
-    kept = [Path(s.command[-1]) for s in found]
-    assert [path.parent for path in kept] == [tmp_path] * 3 and len(set(kept)) == 3
-    assert [s.command[-1] for s in steps.benchmarks(machine())] == ["results"] * 3
 
 
 def test_programs_run_on_a_cpu(capsys):

@@ -31,17 +31,27 @@ SHARPER = 2.0  # q and k weights times this: attention of random weights is near
 TOPICS, RUN = 16, 256  # ids come in runs that share a word, as a text has them
 
 
-def random_llama(device: torch.device, tiny: bool):
+# hidden, intermediate, layers, query heads, K/V heads, vocabulary
+SIZES = {
+    "tiny": (128, 256, 2, 4, 2, 500),
+    "1b": (2048, 8192, 16, 32, 8, 32000),
+    "8b": (4096, 14336, 32, 32, 8, 128256),
+}
+
+
+def random_llama(device: torch.device, size: str, longest: int = 2 * LENGTH):
     import transformers
 
-    sizes = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}
-    heads = {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32000}
-    if tiny:
-        sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
-        heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 500}
-    spread = 0.9 / sizes["hidden_size"] ** 0.5
+    hidden, intermediate, layers, heads, heads_k, vocab = SIZES[size]
     config = transformers.LlamaConfig(
-        **sizes, **heads, max_position_embeddings=2 * LENGTH, initializer_range=spread
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads_k,
+        vocab_size=vocab,
+        max_position_embeddings=longest,
+        initializer_range=0.9 / hidden**0.5,
     )
     torch.manual_seed(0)
     default = torch.get_default_dtype()
@@ -152,7 +162,7 @@ def main(arguments=None) -> int:
     if args.model:
         model, ids = load(args.model, length, device)
     else:
-        model = random_llama(device, args.tiny)
+        model = random_llama(device, "tiny" if args.tiny else "1b")
         ids = random_ids(model.config.vocab_size, length, device)
     problems = compare(model, ids)
     for problem in problems:

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 SHOWN = (
     "bench",
+    "variants",
     "bench-peak",
     "break-even",
     "model",
+    "ttft",
 )  # whose printed numbers belong into the summary
 
 

@@ -20,6 +20,7 @@ HERE = Path(__file__).resolve().parent
 TESTS = ["tests", "tests-gpu", "tests-large", "tests-models"]
 REQUIRED = ["build", "ptx", "doctor", *TESTS, "model"]
 SANITIZERS = ("memcheck", "racecheck", "synccheck")
+VARIANTS = "build/variants/_C_cuda.abi3.so"
 FINDINGS = 86  # exit status of compute-sanitizer where it found something
 
 
@@ -88,8 +89,8 @@ def all_steps(m: Machine) -> list[Step]:
     what the emulation looks for too; they get what is left."""
     first = [build(m), ptx(m), doctor(m), kernels(m)]
     cases, on_gpu, large, models = tests(m)
-    bench, peak, break_even = benchmarks(m)
-    rest = [large, models, peak, break_even, *sanitizers(m)]
+    bench, kernels_of_9, peak, break_even = benchmarks(m)
+    rest = [large, models, kernels_of_9, ttft(m), peak, break_even, *sanitizers(m)]
     return [*first, cases, on_gpu, bench, model(m), *rest]
 
 
@@ -109,6 +110,8 @@ def build(m: Machine) -> Step:
         "MAX_JOBS": str(m.jobs),
     }
     missing = None if "setuptools" in m.modules else f"{m.python} has no setuptools; --prebuilt"
+    if m.capability == "9.0":
+        environment["PBS_BUILD_VARIANTS"] = "1"
     what = f"both libraries, with {m.nvcc}"
     return Step("build", what, command, 240, 20, True, environment=environment, missing=missing)
 
@@ -264,33 +267,60 @@ def _model_judge(status, output):
     return outcome, "; ".join(lines) if lines else why
 
 
+def ttft(m: Machine) -> Step:
+    """16 GB of weights, 17 GB of cache at 128k, activations beside them."""
+    command = [m.python, str(HERE.relative_to(ROOT) / "ttft.py"), "--device", "cuda", "--json"]
+    command += [str(m.results / "ttft-8b.json") if m.results else "results"]
+    missing = None if "transformers" in m.modules else f"{m.python} has no transformers"
+    what = "first token of a Llama of 8B random weights, 32k and 128k"
+    return Step("ttft", what, command, 180, 60, judge=_ttft_judge, missing=missing)
+
+
+def _ttft_judge(status, output):
+    outcome, why = by_exit(status, output)
+    lines = re.findall(r"^(?:\d+ tokens: |problem: ).*", output, re.M)
+    return outcome, "; ".join([why, *lines] if why else lines)
+
+
 # ---- benchmarks ----------------------------------------------------------------------------------
 
 
 def benchmarks(m: Machine) -> list[Step]:
     """`prefill` has the rows of score, permute, select and attend, too."""
     found = []
+    quick = ["--device", "cuda", "--quick"]
     peak = ["--method", "peak"]
-    for name, file, what, more, limit in (
-        ("bench", "prefill-d128", "every verb at 8k, 32k, 128k beside dense", [], 150),
-        ("bench-peak", "prefill-d128-peak", "the same of the method peak", peak, 120),
-        ("break-even", "break-even-d128", "from which length on sparse is faster",
-         ["--break-even"], 90),
+    of_all = "attend at every head_dim, and its variants for 9.0"
+    if m.prebuilt and not (ROOT / VARIANTS).is_file():
+        of_all += f" (no {VARIANTS}: without them)"
+    # Gains of 1% want more rounds than --quick has.
+    rounds = ["--device", "cuda", "--seconds", "90", "--warmup-ms", "10", "--probe-ms", "5"]
+    for name, module, file, what, more, limit in (
+        ("bench", "prefill", "prefill-d128-quick", "every verb at 8k, 32k, 128k beside dense",
+         quick, 150),
+        ("variants", "variants", "variants", of_all, rounds, 180),
+        ("bench-peak", "prefill", "prefill-d128-peak-quick", "the same of the method peak",
+         [*quick, *peak], 120),
+        ("break-even", "prefill", "break-even-d128-quick", "from which length on sparse is faster",
+         [*quick, "--break-even"], 90),
     ):  # fmt: skip
-        command = [m.python, "-m", "benchmarks.prefill", "--device", "cuda", *more, "--quick"]
-        kept = str(m.results / f"{file}-quick.json") if m.results else "results"
+        command = [m.python, "-m", f"benchmarks.{module}", *more]
+        kept = str(m.results / f"{file}.json") if m.results else "results"
         environment = {"NVCC": m.nvcc} if m.nvcc else {}
         step = Step(name, what, [*command, "--json", kept], limit, 30, environment=environment)
-        step.judge = _bench_judge(name == "break-even")
+        step.judge = _bench_judge(name)
         found.append(step)
     return found
 
 
-def _bench_judge(break_even) -> Callable:
+def _bench_judge(name: str) -> Callable:
+    wanted = r"saved .*|D=\d+: best .*|.*Lengths\(.*|no length tried.*|.*not met.*"
+
     def judge(status, output):
         outcome, why = by_exit(status, output)
-        wanted = r"saved .*|.*Lengths\(.*|no length tried.*" if break_even else r"saved .*"
         lines = [line.strip() for line in re.findall(wanted, output)]
+        if name == "variants" and status == 0 and not any("best" in line for line in lines):
+            outcome, why = FAILED, "no head_dim was measured"
         return outcome, "; ".join([why, *lines] if why else lines)
 
     return judge
