@@ -74,8 +74,10 @@ pbs_status map_packed(sm90::kv_maps *maps, const attend_args &a, int64_t k, int6
 template <class S> pbs_status make_maps(sm90::maps *maps, const attend_args &a) {
     constexpr int N = S::BLOCK_N, D = S::HEAD_DIM;
     const pbs_dims &d = a.dims;
-    PBS_TRY((map_of_view<sm90::GROUP_ROWS, D>(&maps->q, a.q)));
-    PBS_TRY((map_of_view<sm90::GROUP_ROWS, D>(&maps->out, a.out)));
+    if (!a.q_perm) { /* else both go row by row */
+        PBS_TRY((map_of_view<sm90::GROUP_ROWS, D>(&maps->q, a.q)));
+        PBS_TRY((map_of_view<sm90::GROUP_ROWS, D>(&maps->out, a.out)));
+    }
     PBS_TRY((map_of_view<N, D>(&maps->original.k, a.k)));
     PBS_TRY((map_of_view<N, D>(&maps->original.v, a.v)));
     if (a.packed && a.takes_permuted)

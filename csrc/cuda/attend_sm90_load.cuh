@@ -208,10 +208,12 @@ template <class S> PBS_DEVICE void produce(const arguments &a, plan<S> &shared) 
                      0,
                      static_cast<int>(threadIdx.x % 32)};
     if (p.lane == 0) {
-        ptx::prefetch_tensor_map(&a.map.q);
         ptx::prefetch_tensor_map(&a.map.original.k);
         ptx::prefetch_tensor_map(&a.map.original.v);
-        ptx::prefetch_tensor_map(&a.map.out);
+        if (!a.attend.q_perm) {
+            ptx::prefetch_tensor_map(&a.map.q);
+            ptx::prefetch_tensor_map(&a.map.out);
+        }
     }
     int32_t tile = static_cast<int32_t>(blockIdx.x);
     while (tile < a.row_blocks) {
