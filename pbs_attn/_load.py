@@ -71,8 +71,8 @@ def _from_file(path):
     name = "pbs_attn._C_cuda"
     if name not in sys.modules:
         module = importlib.util.module_from_spec(importlib.util.spec_from_file_location(name, path))
-        sys.modules[name] = module
         module.__spec__.loader.exec_module(module)
+        sys.modules[name] = module
     return sys.modules[name]
 
 

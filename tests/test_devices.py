@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is said of GPUs and of the CUDA library without either: sizes, support matrix, doctor."""
 
+import sys
 import types
 
 import pytest
@@ -101,6 +102,21 @@ def test_why_the_library_is_not_loaded(tmp_path, monkeypatch):
     old = types.SimpleNamespace(__file__="old.so", abi_version=lambda: 0)
     monkeypatch.setattr(_load.importlib, "import_module", lambda name: old)
     assert "C ABI version 0" in _load._import_cuda()[1]
+
+
+def test_another_cuda_library(monkeypatch, tmp_path):
+    """PBS_ATTN_CUDA_LIBRARY: in place of the package's own, whether there is one or not."""
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.delitem(sys.modules, "pbs_attn._C_cuda", raising=False)
+    monkeypatch.setenv("PBS_ATTN_CUDA_LIBRARY", str(tmp_path / "absent.so"))
+    module, why = _load._import_cuda()
+    assert module is None and f"cannot load {tmp_path}/absent.so" in why
+    file = tmp_path / "other.py"  # the loader goes by the suffix
+    file.write_text(f"def abi_version(): return {_load.ABI_VERSION}")
+    monkeypatch.setenv("PBS_ATTN_CUDA_LIBRARY", str(file))
+    module, why = _load._import_cuda()
+    assert why is None and module.__file__ == str(file)
+    assert sys.modules.pop("pbs_attn._C_cuda") is module
 
 
 def test_build_info_starts_no_gpu(monkeypatch):

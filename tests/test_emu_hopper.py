@@ -234,7 +234,7 @@ def test_packed_rows_of_another_call_give_nan(backend):
 @pytest.mark.parametrize(
     "name, head_dim",
     [("three-stages", 128), ("no-turns", 64), ("no-turns", 128), ("turns", 256), ("static", 128),
-     ("slack", 64), ("slack", 128), ("slack", 256)],
+     ("slack", 64), ("slack", 128), ("slack", 256), ("rescale-first", 256)],
 )  # fmt: skip
 def test_variants(backend, monkeypatch, name, head_dim, correction):
     """Lines of attend_instances_sm90.inc that a build for users does not have."""
@@ -257,7 +257,9 @@ def test_unknown_variant(backend, monkeypatch):
         pytest.skip("built with PBS_ATTEND_VARIANTS alone")
     monkeypatch.setenv("PBS_ATTEND_VARIANT", "static")
     inputs = cases.make_inputs(432, (1, 1), 128, head_dim=256, dtype=BF16)
-    with pytest.raises(ValueError, match='VARIANT: "static"; for head_dim 256: turns, slack$'):
+    with pytest.raises(
+        ValueError, match='VARIANT: "static"; for head_dim 256: turns, slack, rescale-first$'
+    ):
         check(backend, inputs, random_blocks(1, 128, 128))
 
 

@@ -15,9 +15,11 @@
 namespace pbs {
 namespace {
 
-template <int D, int N, int KV, int Q, bool TURNS, bool ASKS, int LOG2, bool MEANS> struct shape {
+template <int D, int N, int KV, int Q, bool TURNS, bool ASKS, int LOG2, bool FIRST, bool MEANS>
+struct shape {
     static constexpr int HEAD_DIM = D, BLOCK_N = N, KV_STAGES = KV, Q_STAGES = Q, SLACK = LOG2;
-    static constexpr bool PING_PONG = TURNS, DYNAMIC = ASKS, CORRECTED = MEANS;
+    static constexpr bool PING_PONG = TURNS, DYNAMIC = ASKS, RESCALE_FIRST = FIRST,
+                          CORRECTED = MEANS;
 };
 
 /* ---- maps ------------------------------------------------------------------------------------ */

@@ -51,6 +51,12 @@ template <class S> PBS_DEVICE void turns_end(int group) {
     if (group == 0) turn_wait<S>(group);
 }
 
+/* O under the maxima of the tile before, while S = Q K^T of this one is under way. */
+template <class S> PBS_DEVICE void rescale_beside(consumer<S> &c) {
+    rescale(c);
+    ptx::fence_registers(c.acc_o);
+}
+
 /* ---- a consumer's steps ---------------------------------------------------------------------- */
 /* Logits of acc_s[64, BLOCK_N], the products of the tile at `key`. */
 template <tile_kind KIND, int N>
@@ -66,7 +72,7 @@ PBS_DEVICE void adjust_scores(float (&acc_s)[N], const arguments &a, const row_b
 template <tile_kind KIND, bool FIRST, class T, class S>
 PBS_DEVICE int32_t attend_step(const arguments &a, plan<S> &s, const row_block &block, int group,
                                int32_t key, consumer_rings<S> &at, consumer<S> &c) {
-    float acc_s[S::BLOCK_N / 2], scores_scale[2];
+    float acc_s[S::BLOCK_N / 2];
     uint32_t dropped[4] = {0, 0, 0, 0};
 
     wait(s.k_full, at.k);
@@ -81,6 +87,7 @@ PBS_DEVICE int32_t attend_step(const arguments &a, plan<S> &s, const row_block &
     ptx::fence_registers(c.p);
     issue_qk<T, S>(acc_s, s.q[at.q.stage][group], s.k[at.k.stage]); /* S = Q K(n)^T */
     if (!FIRST) {
+        if (S::RESCALE_FIRST) rescale_beside(c);
         wait(s.v_full, at.v);
         issue_pv<T>(c, s.v[at.v.stage]); /* O += P V(n - 1) */
         turn_pass<S>(group);
@@ -92,7 +99,7 @@ PBS_DEVICE int32_t attend_step(const arguments &a, plan<S> &s, const row_block &
 
     adjust_scores<KIND>(acc_s, a, block, group, key, dropped);
     const float scale_log2 = KIND == MEANS ? 1.0f : a.attend.softmax_scale_log2;
-    softmax_step<KIND>(c, acc_s, scores_scale, scale_log2); /* S -> P */
+    softmax_step<KIND>(c, acc_s, scale_log2); /* S -> P */
 
     if (!FIRST) {
         ptx::wgmma_wait<0>(); /* O is there */
@@ -100,7 +107,7 @@ PBS_DEVICE int32_t attend_step(const arguments &a, plan<S> &s, const row_block &
         ptx::fence_registers(c.p);
         if (group_leader()) arrive(s.v_empty, at.v);
         advance(at.v);
-        rescale(c, scores_scale);
+        if (!S::RESCALE_FIRST) rescale(c);
     }
     pack_p<T>(c, acc_s);
     return next;
@@ -110,6 +117,7 @@ PBS_DEVICE int32_t attend_step(const arguments &a, plan<S> &s, const row_block &
 template <class T, class S>
 PBS_DEVICE void finish_steps(plan<S> &s, consumer_rings<S> &at, consumer<S> &c) {
     wait(s.v_full, at.v);
+    if (S::RESCALE_FIRST) rescale(c);
     ptx::fence_registers(c.acc_o);
     ptx::fence_registers(c.p);
     issue_pv<T>(c, s.v[at.v.stage]);

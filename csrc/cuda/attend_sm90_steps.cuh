@@ -22,6 +22,7 @@ template <class S> struct consumer {
     uint32_t p[S::BLOCK_N / 4]; /* of the tile whose P V is due, packed */
     float row_max[2];           /* log2 units, see softmax.cuh */
     float row_sum[2];           /* this thread's share */
+    float scores_scale[2];      /* of O before the tile of p: softmax_step */
 };
 
 /* Of the group, for the life of the kernel. */
@@ -132,8 +133,7 @@ PBS_DEVICE void weigh_means(float (&acc_s)[N], const uint32_t (&dropped)[4], con
 /* acc_s = 2^(scale_log2 * acc_s - row_max) under the new maxima; scores_scale[r]: what was summed
  * before is worth now. Only if not CLEAN may logits be -inf; see softmax_step of softmax.cuh. */
 template <tile_kind KIND, class S, int N>
-PBS_DEVICE void softmax_step(consumer<S> &c, float (&acc_s)[N], float (&scores_scale)[2],
-                             float scale_log2) {
+PBS_DEVICE void softmax_step(consumer<S> &c, float (&acc_s)[N], float scale_log2) {
     PBS_UNROLL
     for (int r = 0; r < 2; r++) {
         float tile_max = fmaxf(acc_s[2 * r], acc_s[2 * r + 1]);
@@ -144,7 +144,7 @@ PBS_DEVICE void softmax_step(consumer<S> &c, float (&acc_s)[N], float (&scores_s
         /* Any base serves that keeps 2^(s - base) in range, and a new one costs all of O. */
         if (S::SLACK > 0 && row_max - c.row_max[r] <= S::SLACK) row_max = c.row_max[r];
         const float base = KIND != CLEAN && row_max == minus_infinity() ? 0.0f : row_max;
-        scores_scale[r] = ptx::ex2(c.row_max[r] - base);
+        c.scores_scale[r] = ptx::ex2(c.row_max[r] - base);
         float sum = 0.0f;
         PBS_UNROLL
         for (int e = 2 * r; e < N; e += 4) {
@@ -153,7 +153,7 @@ PBS_DEVICE void softmax_step(consumer<S> &c, float (&acc_s)[N], float (&scores_s
             sum += acc_s[e] + acc_s[e + 1];
         }
         c.row_max[r] = row_max;
-        c.row_sum[r] = c.row_sum[r] * scores_scale[r] + sum;
+        c.row_sum[r] = c.row_sum[r] * c.scores_scale[r] + sum;
     }
 }
 
@@ -163,9 +163,9 @@ template <int N> PBS_DEVICE void scale_rows(float (&acc)[N], const float (&by)[2
 }
 
 /* The rows of O under the new maxima; none of the warp's has changed: nothing to do. */
-template <class S> PBS_DEVICE void rescale(consumer<S> &c, const float (&scores_scale)[2]) {
-    const bool same = scores_scale[0] == 1.0f && scores_scale[1] == 1.0f;
-    if (S::SLACK == 0 || __any_sync(0xffffffffu, !same)) scale_rows(c.acc_o, scores_scale);
+template <class S> PBS_DEVICE void rescale(consumer<S> &c) {
+    const bool same = c.scores_scale[0] == 1.0f && c.scores_scale[1] == 1.0f;
+    if (S::SLACK == 0 || __any_sync(0xffffffffu, !same)) scale_rows(c.acc_o, c.scores_scale);
 }
 
 /* Accumulator layout is operand layout: neighbours become the halves of a word. */
