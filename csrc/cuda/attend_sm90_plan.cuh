@@ -6,8 +6,8 @@
  * A shape S names HEAD_DIM (of the tiles; head_dim is padded to it with zeros), BLOCK_N, KV_STAGES,
  * Q_STAGES, CORRECTED (does a walk end in tiles of means?), PING_PONG (groups take turns), DYNAMIC
  * (row blocks go to who asks first), SLACK (log2 units by which a row's maximum may grow before
- * what was summed under the old one is rescaled) and RESCALE_FIRST (O is rescaled while the next S is
- * under way, not after P V).
+ * what was summed under the old one is rescaled) and RESCALE_FIRST (O is rescaled while the next S
+ * is under way, not after P V).
  */
 #ifndef PBS_CUDA_ATTEND_SM90_PLAN_CUH
 #define PBS_CUDA_ATTEND_SM90_PLAN_CUH
