@@ -26,6 +26,7 @@ EVERY_ISA += [(isa, BF16) for isa in ISAS if takes(isa, FP32) and not isa.starts
 every_isa = pytest.mark.parametrize("isa, dtype", EVERY_ISA)
 HISTORY_OWNS = ("segment", "block", "mask", "none")
 PREFILL = {"return_lse": True, "return_plan": True}
+PLAN = ("mass", "bits", "count", "out", "lse")  # of the four verbs
 HISTORY = sum(m // 2 * 2 for m in range(9))  # blocks before the own segments, 1100 tokens
 
 
@@ -117,13 +118,19 @@ def test_segments_of_one_block_are_natural_order(isa, case):
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_an_order_that_moves_nothing_changes_no_bit(isa):
+    """Masses too: a choice of blocks hides their last bits."""
     for case in MOVED:
         inputs = make_inputs(94, (2, 1), case=case, nan_padding=True)
-        options = {"geometry": geometry_of(case), "isa": isa, **PREFILL}
+        geometry = geometry_of(case)
         given = torch.arange(case.seqlen_k, dtype=torch.int32).repeat(case.batch, 2, 1)
-        natural = ops.prefill(*inputs, peak(), **options)
-        moved = ops.prefill(*inputs, peak(permute="keys"), k_perm_in=given, **options)
-        assert same(natural, moved), case.name
+        natural = four_verbs(*inputs, peak(), geometry, isa=isa)
+        moved = four_verbs(*inputs, peak(permute="keys"), geometry, k_perm_in=given, isa=isa)
+        for name in PLAN:
+            assert torch.equal(getattr(natural, name), getattr(moved, name)), (case.name, name)
+        whole = ops.prefill(
+            *inputs, peak(permute="keys"), geometry=geometry, k_perm_in=given, isa=isa, **PREFILL
+        )
+        assert same(whole[:4], (natural.out, natural.lse, natural.count, natural.bits)), case.name
 
 
 # ---- the correction ------------------------------------------------------------------------------
@@ -322,13 +329,23 @@ def test_chunks_of_the_same_selection_are_the_whole(isa, dtype, own):
 @every_isa
 def test_group_heads(isa, dtype):
     """Natural order has nothing that a group could share: per_head and group agree, and repeating
-    K/V heads changes nothing."""
-    q, k, v = make_inputs(106, (6, 2), 900, dtype=dtype)
-    want = ops.prefill(q, k, v, peak(), isa=isa, return_lse=True, return_plan=True)
-    grouped = ops.prefill(q, k, v, peak(gqa="group"), isa=isa, **PREFILL)
-    assert same(grouped[:4], want[:4])
-    repeated = [x.repeat_interleave(3, 1) for x in (k, v)]
-    assert same(ops.prefill(q, *repeated, peak(), isa=isa, **PREFILL), want)
+    K/V heads changes nothing. The verbs are called one by one too: permute then has pools and means
+    of every query head, which a prefill in natural order has not."""
+    q, k, v = make_inputs(106, (4, 2), 600, dtype=dtype)
+    repeated = [x.repeat_interleave(2, 1) for x in (k, v)]
+    calls = [
+        ((q, k, v), peak()),
+        ((q, k, v), peak(gqa="group")),
+        ((q, *repeated), peak()),
+    ]
+    (want, *others) = (four_verbs(*inputs, config, isa=isa) for inputs, config in calls)
+    assert 0 < want.count.sum() < 4 * (2 + 2 + 4)
+    for other in others:
+        for name in PLAN:
+            assert torch.equal(getattr(other, name), getattr(want, name)), name
+    for inputs, config in calls:
+        got = ops.prefill(*inputs, config, isa=isa, **PREFILL)
+        assert same(got[:4], (want.out, want.lse, want.count, want.bits))
 
 
 # ---- with the other parts ------------------------------------------------------------------------
