@@ -50,19 +50,28 @@ $(eval $(call check_build,san,$(or $(CHECK_GCC),$(CHECK_CLANG)),$(CHECK_SAN),-O0
 $(eval $(call check_build,tsan,$(or $(CHECK_GCC),$(CHECK_CLANG)),$(CHECK_TSAN),-O0))
 
 .PHONY: check check-gcc check-clang check-san check-tsan
-check: check-gcc check-clang check-san check-tsan ## the C core and its tests: gcc, clang, sanitizers
+check-run-tsan: CHECK_ARGS = threads
 
 # A compiler that is not there: one loud line for a user, an error for CI.
 check_missing = echo "*** $1: not found, its checks were NOT run ***" >&2; test "$${CI:-0}" = 0
+check_make = $(MAKE) --no-print-directory -s -j$(shell nproc) --output-sync=target -f check.mk
+CHECK_ANY := $(or $(CHECK_GCC),$(CHECK_CLANG))
+
+# One make for all: where one build runs its tests, on one core, the others compile.
+check: ## the C core and its tests: gcc, clang, sanitizers
+	@$(if $(CHECK_ANY),$(check_make) $(if $(CHECK_GCC),check-run-gcc) \
+		$(if $(CHECK_CLANG),check-run-clang) check-run-san check-run-tsan)
+	@$(if $(CHECK_GCC),:,$(call check_missing,gcc))
+	@$(if $(CHECK_CLANG),:,$(call check_missing,clang))
 
 check-gcc: ## the same, gcc alone
-	@$(if $(CHECK_GCC),$(MAKE) --no-print-directory -s -j$(shell nproc) -f check.mk check-run-gcc,$(call check_missing,gcc))
+	@$(if $(CHECK_GCC),$(check_make) check-run-gcc,$(call check_missing,gcc))
 
 check-clang: ## the same, clang alone
-	@$(if $(CHECK_CLANG),$(MAKE) --no-print-directory -s -j$(shell nproc) -f check.mk check-run-clang,$(call check_missing,clang))
+	@$(if $(CHECK_CLANG),$(check_make) check-run-clang,$(call check_missing,clang))
 
 check-san: ## the same under the address and undefined-behaviour sanitizers
-	@$(if $(or $(CHECK_GCC),$(CHECK_CLANG)),$(MAKE) --no-print-directory -s -j$(shell nproc) -f check.mk check-run-san,$(call check_missing,cc))
+	@$(if $(CHECK_ANY),$(check_make) check-run-san,$(call check_missing,cc))
 
 check-tsan: ## what threads share, under the thread sanitizer
-	@$(if $(or $(CHECK_GCC),$(CHECK_CLANG)),$(MAKE) --no-print-directory -s -j$(shell nproc) -f check.mk check-run-tsan CHECK_ARGS=threads,$(call check_missing,cc))
+	@$(if $(CHECK_ANY),$(check_make) check-run-tsan,$(call check_missing,cc))

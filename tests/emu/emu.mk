@@ -30,6 +30,7 @@ EMU_LIBRARY := $(wildcard csrc/core/*.c csrc/cuda/*.c csrc/cuda/*.cu)
 emu_first = $(firstword $(foreach c,$1,$(shell command -v $(c) 2>/dev/null)))
 EMU_GXX ?= $(call emu_first,g++)
 EMU_CLANGXX ?= $(call emu_first,clang++ clang++-19 clang++-18 clang++-17 clang++-16 clang++-15 clang++-14)
+EMU_ANY := $(or $(EMU_GXX),$(EMU_CLANGXX))
 
 # emu_objects FOLDER, FILES
 emu_objects = $(addsuffix .o,$(addprefix $1/,$2))
@@ -69,10 +70,10 @@ endef
 
 $(eval $(call emu_tests,gcc,$(EMU_GXX),gcc,-O2 -Werror))
 $(eval $(call emu_tests,clang,$(EMU_CLANGXX),clang,-O2 -DEMU_TEST_THIN=4))
-$(eval $(call emu_tests,san,$(or $(EMU_GXX),$(EMU_CLANGXX)),gcc,$(EMU_SAN)))
-$(eval $(call emu_build,build/emu,$(or $(EMU_GXX),$(EMU_CLANGXX)),cc,-O2))
-$(eval $(call emu_verbs,build/emu,$(or $(EMU_GXX),$(EMU_CLANGXX))))
-$(eval $(call emu_verbs,build/emu-san,$(or $(EMU_GXX),$(EMU_CLANGXX)),$(EMU_SAN)))
+$(eval $(call emu_tests,san,$(EMU_ANY),gcc,$(EMU_SAN)))
+$(eval $(call emu_build,build/emu,$(EMU_ANY),cc,-O2))
+$(eval $(call emu_verbs,build/emu,$(EMU_ANY)))
+$(eval $(call emu_verbs,build/emu-san,$(EMU_ANY),$(EMU_SAN)))
 
 # Objects of the library are those of `make emu`, so only the sanitizers compile it once more.
 emu-run-gcc: emu-verbs-run
@@ -90,13 +91,19 @@ build/emu/libpbs_emu.a: $(EMU_OBJECTS)
 	ar rcs $@ $^
 
 .PHONY: emu-check emu-check-gcc emu-check-clang emu-check-san emu-library emu
-emu-check: emu-check-gcc emu-check-clang emu-check-san ## CUDA kernels on a CPU: tests of the emulation
-
 # A compiler that is not there: one loud line for a user, an error for CI.
 emu_missing = echo "*** $1: not found, its checks were NOT run ***" >&2; test "$${CI:-0}" = 0
 # One at a time: Python test processes and people make the library at the same time.
 emu_lock = $(if $(shell command -v flock 2>/dev/null),mkdir -p build && flock build/emu.lock)
-emu_make = $(emu_lock) $(MAKE) --no-print-directory -s -j$(shell nproc) -f tests/emu/emu.mk
+emu_make = $(emu_lock) $(MAKE) --no-print-directory -s -j$(shell nproc) --output-sync=target \
+	-f tests/emu/emu.mk
+
+# One make for all: where one build runs its tests, on one core, the others compile.
+emu-check: ## CUDA kernels on a CPU: tests of the emulation
+	@$(if $(EMU_ANY),$(emu_make) $(if $(EMU_GXX),emu-run-gcc) $(if $(EMU_CLANGXX),emu-run-clang) \
+		emu-run-san $(if $(NVCC),$(PTX_OBJECTS)))
+	@$(if $(EMU_GXX),:,$(call emu_missing,g++))
+	@$(if $(EMU_CLANGXX),:,$(call emu_missing,clang++))
 
 emu-check-gcc:
 	@$(if $(EMU_GXX),$(emu_make) emu-run-gcc,$(call emu_missing,g++))
@@ -105,7 +112,7 @@ emu-check-clang:
 	@$(if $(EMU_CLANGXX),$(emu_make) emu-run-clang,$(call emu_missing,clang++))
 
 emu-check-san:
-	@$(if $(or $(EMU_GXX),$(EMU_CLANGXX)),$(emu_make) emu-run-san,$(call emu_missing,c++))
+	@$(if $(EMU_ANY),$(emu_make) emu-run-san,$(call emu_missing,c++))
 
 emu-library: build/emu/libpbs_emu.a
 
@@ -118,7 +125,7 @@ EMU_LINK := -shared -Wl,-Bsymbolic -Wl,--version-script=build_tools/exports.map
 
 build/emu/csrc/torch/ops.cpp.o: csrc/torch/ops.cpp
 	@mkdir -p $(@D)
-	$(or $(EMU_GXX),$(EMU_CLANGXX)) $(EMU_CXXFLAGS) $(EMU_BINDING) \
+	$(EMU_ANY) $(EMU_CXXFLAGS) $(EMU_BINDING) \
 		-isystem "$$($(PY) build_tools/torch_headers.py)" -MMD -MP -c $< -o $@
 
 build/emu/libtorch_cpu.so:
@@ -126,7 +133,7 @@ build/emu/libtorch_cpu.so:
 	cc -shared -nostdlib -Wl,-soname,$(@F) -o $@ -x c /dev/null
 
 build/emu/_C_emu.so: $(EMU_OBJECTS) build/emu/csrc/torch/ops.cpp.o | build/emu/libtorch_cpu.so
-	$(or $(EMU_GXX),$(EMU_CLANGXX)) $(EMU_LINK) -o $@.new $^ -lpthread \
+	$(EMU_ANY) $(EMU_LINK) -o $@.new $^ -lpthread \
 		-Lbuild/emu -Wl,--no-as-needed -ltorch_cpu
 	@mv $@.new $@
 

@@ -3,8 +3,9 @@
 #
 #   ptx-emu       every function of ptx*.cuh on the emulation, in many orders; part of emu-check. It
 #                 writes build/ptx_expected.bin, what a GPU should answer
-#   ptx-check     with nvcc: the same program and the tests' own kernels compile for sm_80 and
-#                 sm_90a, without spills and without ptxas notes on wgmma (C75xx)
+#   ptx-check     with nvcc, then part of emu-check: the same program and the tests' own kernels
+#                 compile for sm_80 and sm_90a, without spills and without ptxas notes on wgmma
+#                 (C75xx)
 #   ptx-gpu       the first thing to run where there is a GPU: its answers against those, and the
 #                 tests' own attention kernel against fp64
 
@@ -27,6 +28,7 @@ PTX_NVCC = $(NVCC) -std=c++17 -O3 -Itests/emu -Icsrc -Icsrc/include -Xptxas -v
 PTX_SM90 := -gencode arch=compute_90a,code=sm_90a
 # PTX of sm_80 for what comes after 9.0.
 PTX_BOTH := -gencode "arch=compute_80,code=[sm_80,compute_80]" $(PTX_SM90)
+PTX_OBJECTS := $(addprefix build/ptx/,test_ptx.o toy_kernels.o tensor_map.o)
 PTX_SOURCES := $(wildcard tests/emu/*.h tests/emu/*.cuh csrc/cuda/*.cuh)
 
 # ptx_object NAME, SOURCE, FLAGS: compiled, and the notes of ptxas read.
@@ -43,18 +45,13 @@ $(eval $(call ptx_object,toy_kernels,tests/gpu/toy_kernels.cu,$(PTX_SM90)))
 $(eval $(call ptx_object,tensor_map,csrc/cuda/tensor_map.cu,$(PTX_SM90)))
 
 ptx-check: ## every PTX function compiles: sm_80, sm_90a; no spills, no C75xx
-	@$(if $(NVCC),$(emu_make) build/ptx/test_ptx.o build/ptx/toy_kernels.o \
-		build/ptx/tensor_map.o,$(call emu_missing,nvcc))
-
-ifneq ($(NVCC),)
-emu-check: ptx-check
-endif
+	@$(if $(NVCC),$(emu_make) $(PTX_OBJECTS),$(call emu_missing,nvcc))
 
 build/ptx/status.o: csrc/core/status.c
 	@mkdir -p $(@D)
 	cc $(EMU_CFLAGS) -c $< -o $@
 
-build/ptx/test_ptx: $(addprefix build/ptx/,test_ptx.o toy_kernels.o tensor_map.o status.o)
+build/ptx/test_ptx: $(PTX_OBJECTS) build/ptx/status.o
 	$(NVCC) $^ -o $@
 
 ptx-program: build/ptx_expected.bin build/ptx/test_ptx
