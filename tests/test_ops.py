@@ -69,11 +69,22 @@ SAMPLES = samples()
 IDS = [f"{op.name()}-{i}" for i, (op, _, _) in enumerate(SAMPLES)]
 
 
+def kinds(op, args, kwargs):
+    """The op, and which of its arguments are tensors, numbers or missing."""
+    given = (*args, *kwargs.values())
+    return op.name(), tuple(isinstance(x, torch.Tensor) - (x is None) for x in given)
+
+
+# Tracing looks at nothing else, and takes its time; what fakes tell is held against every sample.
+OF_EACH_KIND = list({kinds(*sample): sample for sample in SAMPLES}.values())
+
+
 def test_samples_cover_every_op():
-    assert {op.name().split("::")[1] for op, _, _ in SAMPLES} == set(fakes.OPS)
+    for samples in (SAMPLES, OF_EACH_KIND):
+        assert {op.name().split("::")[1] for op, _, _ in samples} == set(fakes.OPS)
 
 
-@pytest.mark.parametrize("op, args, kwargs", SAMPLES, ids=IDS)
+@pytest.mark.parametrize("op, args, kwargs", OF_EACH_KIND, ids=range(len(OF_EACH_KIND)))
 def test_opcheck(op, args, kwargs):
     torch.library.opcheck(op, args, kwargs, test_utils=OPCHECKS)
 
