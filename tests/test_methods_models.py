@@ -6,9 +6,9 @@ import json
 import pytest
 import tiny_models as tiny
 import torch
-from test_methods_routes import Everything, Softmax, sparse
 from test_transformers_compile import Layer, geometry, tensors
 from tiny_models import CONFIG
+from toy_methods import Everything, Softmax, sparse
 
 import pbs_attn
 from pbs_attn import methods
