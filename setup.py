@@ -77,7 +77,7 @@ def core_sources() -> list[str]:
 
 
 def extensions() -> list[Extension]:
-    binding = ["csrc/python/module.c", "csrc/torch/ops.cpp"]
+    binding = ["csrc/python/module.c", "csrc/python/sizes.c", "csrc/torch/ops.cpp"]
     core = core_sources()
     found = [Extension("pbs_attn._C", sources=[*core, *binding], py_limited_api=True)]
     if NVCC:

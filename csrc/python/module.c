@@ -5,12 +5,10 @@
  * same library register themselves when it is loaded (csrc/torch/ops.cpp), so torch must have been
  * imported before: pbs_attn/_load.py sees to that.
  */
-#include <Python.h>
+#include "module.h"
 
 #include <stdlib.h>
 #include <string.h>
-
-#include "pbs/pbs.h"
 
 #if defined(PBS_CUDA_LIBRARY)
 #include "cuda/cuda.h"
@@ -22,16 +20,14 @@
 #define PBS_BUILD_TORCH "unknown"
 #endif
 
-/* Sets a Python error for a status that is not PBS_OK; returns -1 then, 0 otherwise. */
-static int raise_status(pbs_status status) {
+int pbs_python_raise(pbs_status status) {
     if (status == PBS_OK) return 0;
     PyObject *type = status == PBS_ERR_UNSUPPORTED ? PyExc_NotImplementedError : PyExc_ValueError;
     PyErr_SetString(type, pbs_last_error());
     return -1;
 }
 
-/* 0 is no dtype: it stands for "unknown, and the error is set". */
-static pbs_dtype dtype_from_name(const char *name) {
+pbs_dtype pbs_python_dtype(const char *name) {
     if (strcmp(name, "float32") == 0) return PBS_DTYPE_FP32;
     if (strcmp(name, "float16") == 0) return PBS_DTYPE_FP16;
     if (strcmp(name, "bfloat16") == 0) return PBS_DTYPE_BF16;
@@ -84,110 +80,6 @@ static PyObject *last_error(PyObject *self, PyObject *unused) {
     return PyUnicode_FromString(pbs_last_error());
 }
 
-/* Contiguous [batch, heads, seqlen, head_dim]. The memory behind it is never read: a size query
- * looks at shapes alone. */
-static pbs_view shape_only(pbs_dtype dtype, int batch, int heads, int seqlen, int head_dim) {
-    static char nothing[64];
-    pbs_view view = {.data = nothing, .dtype = dtype, .size = {batch, heads, seqlen, head_dim}};
-    view.stride[3] = 1;
-    view.stride[2] = head_dim;
-    view.stride[1] = view.stride[2] * seqlen;
-    view.stride[0] = view.stride[1] * heads;
-    return view;
-}
-
-PyDoc_STRVAR(prefill_workspace_size_doc,
-             "prefill_workspace_size(batch, num_heads, num_heads_k, seqlen_q, seqlen_k, head_dim, "
-             "dtype, num_threads, block_size, segment_size, gqa, mode, order, method, stride, "
-             "reduce=0, rule=0, isa=0, workspace_cap=0, correction=0, normalize=0) -> int\n\n"
-             "Bytes that a prefill of these sizes needs; enums as in pbs.h.");
-
-static PyObject *prefill_workspace_size(PyObject *self, PyObject *args, PyObject *kwargs) {
-    (void)self;
-    static char *names[] = {
-        "batch",     "num_heads", "num_heads_k", "seqlen_q",      "seqlen_k",
-        "head_dim",  "dtype",     "num_threads", "block_size",    "segment_size",
-        "gqa",       "mode",      "order",       "method",        "stride",
-        "reduce",    "rule",      "isa",         "workspace_cap", "correction",
-        "normalize", NULL};
-    int batch, heads, heads_k, seqlen_q, seqlen_k, head_dim, threads, block_size, segment_size;
-    int gqa, mode, order, method, stride, reduce = 0, rule = 0, isa_id = 0;
-    int correction = 0, normalize = 0;
-    const char *dtype_name;
-    Py_ssize_t cap = 0;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "iiiiiisiiiiiiii|iiinii:prefill_workspace_size",
-                                     names, &batch, &heads, &heads_k, &seqlen_q, &seqlen_k,
-                                     &head_dim, &dtype_name, &threads, &block_size, &segment_size,
-                                     &gqa, &mode, &order, &method, &stride, &reduce, &rule, &isa_id,
-                                     &cap, &correction, &normalize)) {
-        return NULL;
-    }
-    pbs_dtype dtype = dtype_from_name(dtype_name);
-    if (!dtype) return NULL;
-    if (cap < 0) {
-        return PyErr_Format(PyExc_ValueError, "workspace_cap is %zd: 0 or more is allowed", cap);
-    }
-    pbs_prefill_params p = PBS_INIT(pbs_prefill_params);
-    p.q = shape_only(dtype, batch, heads, seqlen_q, head_dim);
-    p.k.view = shape_only(dtype, batch, heads_k, seqlen_k, head_dim);
-    p.v.view = p.k.view;
-    p.out = p.q;
-    p.block_size = block_size;
-    p.segment_size = segment_size;
-    p.gqa = (pbs_gqa)gqa;
-    p.mode = (pbs_permute_mode)mode;
-    p.order = (pbs_order)order;
-    p.method = (pbs_select_method)method;
-    p.stride = stride;
-    p.reduce = (pbs_reduce)reduce;
-    p.rule = (pbs_rule)rule;
-    p.tau = 1.0f; /* allowed by every rule, and no size depends on it */
-    p.workspace_cap = (size_t)cap;
-    p.correction = (pbs_correction)correction;
-    p.normalize = (pbs_normalize)normalize;
-    p.exec.num_threads = threads;
-    p.exec.isa = (pbs_isa)isa_id;
-    size_t bytes = 0;
-    if (raise_status(pbs_prefill_workspace_size(&p, &bytes)) < 0) return NULL;
-    return PyLong_FromSize_t(bytes);
-}
-
-PyDoc_STRVAR(kv_packed_bytes_doc,
-             "kv_packed_bytes(batch, num_heads, num_heads_k, seqlen_q, seqlen_k, head_dim, dtype, "
-             "block_size, segment_size, gqa, mode, isa=0, correction=0) -> int\n\n"
-             "Bytes of the packed K/V that permute writes for these sizes; enums as in pbs.h.");
-
-static PyObject *kv_packed_bytes(PyObject *self, PyObject *args, PyObject *kwargs) {
-    (void)self;
-    static char *names[] = {
-        "batch",      "num_heads",    "num_heads_k", "seqlen_q", "seqlen_k", "head_dim",   "dtype",
-        "block_size", "segment_size", "gqa",         "mode",     "isa",      "correction", NULL};
-    int batch, heads, heads_k, seqlen_q, seqlen_k, head_dim, block_size, segment_size, gqa, mode;
-    int isa_id = 0, correction = 0;
-    const char *dtype_name;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "iiiiiisiiii|ii:kv_packed_bytes", names, &batch,
-                                     &heads, &heads_k, &seqlen_q, &seqlen_k, &head_dim, &dtype_name,
-                                     &block_size, &segment_size, &gqa, &mode, &isa_id,
-                                     &correction)) {
-        return NULL;
-    }
-    pbs_dtype dtype = dtype_from_name(dtype_name);
-    if (!dtype) return NULL;
-    pbs_permute_params p = PBS_INIT(pbs_permute_params);
-    p.q = shape_only(dtype, batch, heads, seqlen_q, head_dim);
-    p.k.view = shape_only(dtype, batch, heads_k, seqlen_k, head_dim);
-    p.v.view = p.k.view;
-    p.block_size = block_size;
-    p.segment_size = segment_size;
-    p.gqa = (pbs_gqa)gqa;
-    p.mode = (pbs_permute_mode)mode;
-    p.correction = (pbs_correction)correction;
-    p.exec.isa = (pbs_isa)isa_id;
-    size_t bytes = 0;
-    if (raise_status(pbs_kv_packed_bytes(&p, &bytes)) < 0) return NULL;
-    return PyLong_FromSize_t(bytes);
-}
-
 /* Through void: CPython's own way to keep -Wcast-function-type quiet about keyword functions. */
 #define WITH_KEYWORDS(function) \
     ((PyCFunction)(void (*)(void))(function)), METH_VARARGS | METH_KEYWORDS
@@ -197,9 +89,11 @@ static PyObject *kv_packed_bytes(PyObject *self, PyObject *args, PyObject *kwarg
     {"abi_version", abi_version, METH_NOARGS, abi_version_doc},                     \
         {"build_info", build_info, METH_NOARGS, build_info_doc},                    \
         {"last_error", last_error, METH_NOARGS, last_error_doc},                    \
-        {"kv_packed_bytes", WITH_KEYWORDS(kv_packed_bytes), kv_packed_bytes_doc}, { \
-        "prefill_workspace_size", WITH_KEYWORDS(prefill_workspace_size),            \
-            prefill_workspace_size_doc                                              \
+        {"kv_packed_bytes", WITH_KEYWORDS(pbs_python_kv_packed_bytes),              \
+         pbs_python_kv_packed_bytes_doc},                                           \
+    {                                                                               \
+        "prefill_workspace_size", WITH_KEYWORDS(pbs_python_prefill_workspace_size), \
+            pbs_python_prefill_workspace_size_doc                                   \
     }
 
 #if defined(PBS_CUDA_LIBRARY)
@@ -355,7 +249,7 @@ static PyObject *isa(PyObject *self, PyObject *args, PyObject *kwargs) {
     static char *names[] = {"dtype", NULL};
     const char *dtype_name = "bfloat16";
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|s:isa", names, &dtype_name)) return NULL;
-    pbs_dtype dtype = dtype_from_name(dtype_name);
+    pbs_dtype dtype = pbs_python_dtype(dtype_name);
     if (!dtype) return NULL;
     const char *name = pbs_isa_name(pbs_isa_for(PBS_ISA_AUTO, dtype));
     if (name) return PyUnicode_FromString(name);
