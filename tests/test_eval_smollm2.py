@@ -12,7 +12,7 @@ import pytest
 from pbs_attn.cli import main
 from pbs_attn.eval.store import read_records
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("eval_smollm2")]  # runs are shared
 METHODS = "full,identity,pbs,pbs:tau=1"
 # One row in the fields of LongBench; short enough for seconds, answered by its first words.
 ROWS = [

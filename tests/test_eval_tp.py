@@ -15,6 +15,7 @@ import pytest
 from pbs_attn import cli
 from pbs_attn.eval import store
 
+pytestmark = pytest.mark.xdist_group("eval_tp")  # one process: both runs are shared
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = "full,pbs:tau=0.3,block=64,segment=128"
 BENCHES = {
