@@ -9,7 +9,7 @@
 | PBS_ATTN_DISABLE | 0, 1 | always take the dense route |
 | PBS_ATTN_LOG | debug, info, warning, error | level of the logger `pbs_attn` |
 | PBS_ATTN_ISA | c, avx2, ... | read by the C core: which kernels run |
-| PBS_ATTN_CUDA_LIBRARY | path | a CUDA library in place of the package's own; see docs/hopper-kernel.md |
+| PBS_ATTN_CUDA_LIBRARY | path | the CUDA library to load: docs/hopper-kernel.md |
 | PBS_ATTN_OVERLAP | 0 | read by the CUDA library: no launch overtakes another on 9.0 |
 """
 
