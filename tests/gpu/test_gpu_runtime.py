@@ -54,6 +54,22 @@ def test_a_call_waits_for_its_own_stream():
     assert gpu_checks.equal(got, want)
 
 
+@pytest.mark.parametrize("permute", ["keys", "none", "both"])
+def test_launches_that_overtake_change_no_bit(permute, monkeypatch):
+    """On 9.0 each launch of a call, and the first of the next one, may begin before the one before
+    it has ended. Short calls back to back, in memory that they share."""
+    config = config_of(permute=permute)
+    inputs = [gpu_checks.make(GPU, (8, 2), n, seed=n) for n in (640, 1100, 2048)]
+    monkeypatch.setenv("PBS_ATTN_OVERLAP", "0")
+    want = [gpu_checks.prefill(x, config) for x in inputs]
+    torch.cuda.synchronize()
+    monkeypatch.delenv("PBS_ATTN_OVERLAP")
+    for _ in range(100):
+        got = [gpu_checks.prefill(x, config) for x in inputs]
+        torch.cuda.synchronize()
+        assert all(gpu_checks.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
 def test_captured_into_a_graph_and_replayed():
     first, second = (gpu_checks.make(GPU, (8, 2), 2048, seed=seed) for seed in (3, 4))
     want = [gpu_checks.prefill(x, CONFIG) for x in (first, second)]
