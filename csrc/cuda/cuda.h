@@ -46,7 +46,7 @@ pbs_status pbs_cuda_check_aligned(const char *name, const pbs_view *view);
 static inline pbs_isa pbs_cuda_isa(const void *kernels) { return *(const pbs_isa *)kernels; }
 
 /* Compute capability of a device as 10 * major + minor (sm_86: 86), 0 if it cannot be asked. Asked
- * of the driver once; needs no synchronisation. */
+ * for by every launch; needs no synchronisation. */
 int pbs_cuda_capability(int32_t device);
 /* How many multiprocessors a device has, at least 1. */
 int32_t pbs_cuda_multiprocessors(int32_t device);

@@ -93,6 +93,17 @@ PBS_DEVICE bool is_moved(const permute_run &run, const segment_item &item, const
            item.first + run.d.segment_size <= s.kv_len;
 }
 
+/* What a block of threads of a launch over segments has to do; the first writes the header. Returns
+ * false, and nothing is left to do, where there are no keys. */
+PBS_DEVICE bool start_segment(const permute_run &run, segment_item &item, pbs_seq &s) {
+    if (run.packed && blockIdx.x == 0) write_header(run);
+    if (run.d.max_k == 0) return false;
+    item = segment_item_of(run, static_cast<int32_t>(blockIdx.x));
+    s = pbs_dims_seq_clamped(&run.d, item.b);
+    item.moves = is_moved(run, item, s);
+    return true;
+}
+
 /* Scores of the segment -> key. */
 PBS_DEVICE void read_keys(const permute_run &run, const segment_item &item, uint32_t *key) {
     const float *score = run.score + item.head * run.d.max_k + item.first;
@@ -240,11 +251,9 @@ PBS_DEVICE void gather_segment(const permute_run &run, const segment_item &item,
 template <class T> PBS_KERNEL(SUM_THREADS, 3) permute_segment(const permute_run run) {
     PBS_SHARED(segment_plan, shared);
     begin_kernel();
-    if (run.packed && blockIdx.x == 0) write_header(run);
-    if (run.d.max_k == 0) return;
-    segment_item item = segment_item_of(run, static_cast<int32_t>(blockIdx.x));
-    const pbs_seq s = pbs_dims_seq_clamped(&run.d, item.b);
-    item.moves = is_moved(run, item, s);
+    segment_item item;
+    pbs_seq s;
+    if (!start_segment(run, item, s)) return;
     if (item.moves && !run.k_perm_in) {
         read_keys(run, item, shared.key);
         order_by_key(run, item, shared);

@@ -75,11 +75,9 @@ PBS_KERNEL(SUM_THREADS, 2)
 score_permute(const score_run score, const permute_run run) {
     PBS_SHARED(scored_plan, shared);
     begin_kernel();
-    if (run.packed && blockIdx.x == 0) write_header(run);
-    if (run.d.max_k == 0) return;
-    segment_item item = segment_item_of(run, static_cast<int32_t>(blockIdx.x));
-    const pbs_seq s = pbs_dims_seq_clamped(&run.d, item.b);
-    item.moves = is_moved(run, item, s);
+    segment_item item;
+    pbs_seq s;
+    if (!start_segment(run, item, s)) return;
     if (item.moves) {
         score_segment<T>(score, item, s, shared);
         order_by_key(run, item, shared.segment);
