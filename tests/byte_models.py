@@ -24,11 +24,9 @@ def tokenizer():
     return transformers.PreTrainedTokenizerFast(tokenizer_object=found, eos_token="<end>")
 
 
-def checkpoint(folder, seed=0):
-    """`folder` as text, with a random Llama: 2 layers, 4 query and 2 KV heads of 64."""
+def llama(seed=0):
+    """A random Llama: 2 layers, 4 query and 2 KV heads of 64."""
     import transformers
-
-    from pbs_attn.cli import models
 
     torch.manual_seed(seed)
     config = transformers.LlamaConfig(
@@ -37,7 +35,14 @@ def checkpoint(folder, seed=0):
         max_position_embeddings=WINDOW, bos_token_id=None, eos_token_id=EOS,
         tie_word_embeddings=False,
     )  # fmt: skip
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def checkpoint(folder, seed=0):
+    """`folder` as text, with that model, saved."""
+    from pbs_attn.cli import models
+
     with models.quiet():
-        transformers.LlamaForCausalLM(config).eval().save_pretrained(folder)
+        llama(seed).save_pretrained(folder)
         tokenizer().save_pretrained(folder)
     return str(Path(folder))
