@@ -48,6 +48,22 @@ def test_every_length_and_prefix_has_its_picture(tmp_path):
     assert names == ["frontier-256.png", "frontier-384-prefix-128.png"]
 
 
+def test_windows_that_were_not_timed_have_no_panel_of_time(tmp_path):
+    """--times names the runs whose times are drawn; the others show density alone."""
+    first = folder(tmp_path / "1", everything())
+    second = folder(tmp_path / "2", everything(prefix=128), prefix=128)
+    out = tmp_path / "out"
+    assert draw([first, second], out, "--times", first) == 0
+    text = (out / "frontier.md").read_text()
+    assert text.count("![Change of the loss against density and time, 256 tokens;") == 1
+    assert text.count("![Change of the loss against density, ") == 1
+    left = []
+    for name in ("256", "384-prefix-128"):
+        dark = (pixels(out / f"frontier-{name}.png")[300] < 0.1).all(-1)
+        left.append(int(dark.sum()))
+    assert left[0] > left[1] > 0  # axes that cross a row of pixels
+
+
 def test_families_of_a_method_look_different():
     families = ["pbs", "flashprefill", "flashprefill:correction=mean", "oracle",
                 "oracle:reduce=max,rule=absolute", "peak", "peak:correction=none", "peak:stride=8",

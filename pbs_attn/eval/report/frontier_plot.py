@@ -40,30 +40,36 @@ def look(family, families):
 
 
 def frontier(place, path, title, budget=None):
-    """Two panels, loss against density and against time, over all texts. The caption, or None."""
+    """Loss against density and, where a time was taken, against time, over all texts. The caption,
+    or None."""
     curves = place.curves()
     if not curves:
         return None
-    with plots.figure(path, 1, 2, height=6.4, width=WIDTH, sharey=True) as (figure, axes):
-        by_density, by_time = axes[0]
-        _panel(by_density, curves, lambda point: (point.density, None), math.inf)
-        by_density.set(xlabel="density: share of causal blocks computed",
-                       ylabel="change of the loss against dense, nats per token")  # fmt: skip
-        slow = _panel(by_time, curves, _time, SLOW)
-        by_time.set_xlabel("time of the attention calls, share of dense")
-        _loss_axis(list(axes[0]), budget)
-        by_density.set_title(title)
-        windows = len(place.windows)
-        by_time.set_title(f"{windows} window{'s' * (windows > 1)}, {place.name}")
+    timed = any(point.time is not None for points in curves.values() for point in points)
+    # Alone, a panel is as wide as the legend below it wants to be.
+    with plots.figure(path, 1, 1 + timed, height=6.4, width=WIDTH, sharey=True) as (figure, axes):
+        panels = list(axes[0])
+        _panel(panels[0], curves, lambda point: (point.density, None), math.inf)
+        panels[0].set(xlabel="density: share of causal blocks computed",
+                      ylabel="change of the loss against dense, nats per token")  # fmt: skip
+        slow = _panel(panels[1], curves, _time, SLOW) if timed else ()
+        _loss_axis(panels, budget)
+        windows = f"{len(place.windows)} window{'s' * (len(place.windows) > 1)}, {place.name}"
+        if timed:
+            panels[0].set_title(title)
+            panels[1].set(title=windows, xlabel="time of the attention calls, share of dense")
+        else:
+            panels[0].set_title(f"{title}, {windows}")
         if slow:
             text = textwrap.fill(f"slower than dense, not drawn: {', '.join(slow)}", 66)
-            by_time.annotate(text, (1, 0), (0, -42), fontsize=8.5, xycoords="axes fraction",
-                             textcoords="offset points", ha="right", va="top", color="#555555",
-                             annotation_clip=False)  # fmt: skip
-        _legend(figure, [by_density, by_time])
+            panels[1].annotate(text, (1, 0), (0, -42), fontsize=8.5, xycoords="axes fraction",
+                               textcoords="offset points", ha="right", va="top", color="#555555",
+                               annotation_clip=False)  # fmt: skip
+        _legend(figure, panels)
     gaps = any(not point.complete for points in curves.values() for point in points)
     notes = "; pale: not of all windows" if gaps else ""
-    return (f"Change of the loss against density and time, {place.name}; "
+    against = "density and time" if timed else "density"
+    return (f"Change of the loss against {against}, {place.name}; "
             f"bars: ± one standard error, paired with dense{notes}")  # fmt: skip
 
 
