@@ -253,21 +253,27 @@ def section(found: list[dict], table, up: str) -> str:
     return "\n".join(parts).rstrip()
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
-    parser.add_argument("--write", action="store_true", help="into README.md and docs")
-    args = parser.parse_args()
-    every = reports()
+def pages(root: Path = ROOT) -> dict[str, str]:
+    """What stands between the marks of each page that has numbers; "" where nothing was saved."""
+    every = reports(root)
     found = [report for report in every if method_of(report) == "pbs"]
     peak = [report for report in every if method_of(report) == "peak"]
     gpu = [report for report in found if on_gpu(report)]
     cpu = [report for report in found if not on_gpu(report)]
-    pages = {"README.md": section(found, short, "")}
-    single = section(reports(pattern="block*.json"), blocks, "../")
-    pages["docs/cpu-kernel.md"] = "\n\n".join(filter(None, [single, section(cpu, long, "../")]))
-    pages["docs/cuda.md"] = section(gpu, long_gpu, "../")
-    pages["docs/peak.md"] = section(peak, costs, "../")
-    for name, text in pages.items():
+    single = section(reports(root, "block*.json"), blocks, "../")
+    return {
+        "README.md": section(found, short, ""),
+        "docs/cpu-kernel.md": "\n\n".join(filter(None, [single, section(cpu, long, "../")])),
+        "docs/cuda.md": section(gpu, long_gpu, "../"),
+        "docs/peak.md": section(peak, costs, "../"),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
+    parser.add_argument("--write", action="store_true", help="into README.md and docs")
+    args = parser.parse_args()
+    for name, text in pages().items():
         if not text:
             continue
         if not args.write:
