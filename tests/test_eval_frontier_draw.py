@@ -64,6 +64,17 @@ def test_windows_that_were_not_timed_have_no_panel_of_time(tmp_path):
     assert left[0] > left[1] > 0  # axes that cross a row of pixels
 
 
+def test_a_length_names_the_texts_that_it_has(tmp_path):
+    """Texts to choose on may be missing at some length: b's row is of another prefix alone."""
+    both = folder(tmp_path / "1", everything())
+    alone = [record for record in everything(prefix=128) if record["task"] == "b"]
+    other = folder(tmp_path / "2", alone, prefix=128)
+    assert draw([both, other], tmp_path / "out", "--choose", "a,b") == 0
+    text = (tmp_path / "out" / "frontier.md").read_text()
+    assert text.count("the texts to choose on, a, b, is") == 1
+    assert text.count("the texts to choose on, b, is") == 1
+
+
 def test_families_of_a_method_look_different():
     families = ["pbs", "flashprefill", "flashprefill:correction=mean", "oracle",
                 "oracle:reduce=max,rule=absolute", "peak", "peak:correction=none", "peak:stride=8",

@@ -169,8 +169,9 @@ def sides(place, wanted):
     """{"chosen on": texts, "held out": the others} of a place; {} without --choose."""
     if not wanted.chosen:
         return {}
-    others = dict.fromkeys(text for text, _ in place.windows if text not in wanted.chosen)
-    return {"chosen on": list(wanted.chosen), "held out": list(others)}
+    texts = dict.fromkeys(text for text, _ in place.windows)
+    return {"chosen on": [text for text in wanted.chosen if text in texts],
+            "held out": [text for text in texts if text not in wanted.chosen]}  # fmt: skip
 
 
 def held_out(place, wanted):
@@ -195,11 +196,11 @@ def held_out(place, wanted):
             *(cells(here) if here else [None] * len(COLUMNS)), paired,
             paired.verdict() if paired else "",
         ])  # fmt: skip
-    others = sides(place, wanted)["held out"]
+    here, others = (", ".join(x) or "there are none" for x in sides(place, wanted).values())
     notes = [
-        f"Of every method the setting of least density whose loss on {', '.join(wanted.chosen)} is "
-        f"at most {wanted.budget_text} of perplexity above dense ({wanted.budget:.4f} nats). All "
-        f"columns but the third are of the other texts: {', '.join(others) or 'there are none'}. "
+        f"Of every method the setting of least density whose loss on the texts to choose on, "
+        f"{here}, is at most {wanted.budget_text} of perplexity above dense ({wanted.budget:.4f} "
+        f"nats). All columns but the third are of the other texts: {others}. "
         f"{wanted.against} minus this: paired over blocks of 128 tokens, at the two settings' own "
         "densities.",
     ]
