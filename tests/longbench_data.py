@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tests of LongBench v1 share: rows of every task, SmolLM2's tokens, parsed arguments."""
+"""What the tests of LongBench share: SmolLM2's tokens; of v1 rows of every task and arguments."""
 
 import argparse
-import functools
 
-from eval_models import smollm2_tokenizer
+from eval_models import WINDOW, smollm2_tokenizer
 from test_eval_sources import lines, row, zip_of
 
 from pbs_attn.eval import longbench, recipes
@@ -13,13 +12,8 @@ from pbs_attn.eval.session import Tokens
 TASKS = list(recipes.TASKS)
 
 
-@functools.cache
-def tokenizer():
-    return smollm2_tokenizer()
-
-
 def tokens(**options):
-    return Tokens(tokenizer(), 8192, **options)
+    return Tokens(smollm2_tokenizer(), WINDOW, **options)
 
 
 def arguments(*words):

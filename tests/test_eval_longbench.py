@@ -8,7 +8,8 @@ import os
 import pathlib
 
 import pytest
-from longbench_data import TASKS, all_tasks, arguments, tokenizer, tokens
+from eval_models import smollm2_tokenizer as tokenizer
+from longbench_data import TASKS, all_tasks, arguments, tokens
 from test_eval_sources import row
 
 from pbs_attn.cli import CommandError

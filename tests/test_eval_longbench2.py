@@ -3,14 +3,15 @@
 whole bench on a tiny model; real questions where PBS_ATTN_DATA is."""
 
 import argparse
-import functools
 import json
 import os
 import pathlib
 
 import pytest
 import torch
-from eval_models import smollm2_tokenizer, tiny_checkpoint
+from eval_models import smollm2_tokenizer as tokenizer
+from eval_models import tiny_checkpoint
+from longbench_data import tokens
 from test_eval_sources import lines, question
 
 from pbs_attn import cli
@@ -20,15 +21,6 @@ from pbs_attn.eval.session import Generated, Tokens
 
 DATA = pathlib.Path(os.environ.get("PBS_ATTN_DATA", "")) / "data" / "longbench_v2"
 HAVE_DATA = bool(os.environ.get("PBS_ATTN_DATA")) and DATA.is_dir()
-
-
-@functools.cache
-def tokenizer():
-    return smollm2_tokenizer()
-
-
-def tokens(**options):
-    return Tokens(tokenizer(), 8192, **options)
 
 
 def arguments(data, *words):

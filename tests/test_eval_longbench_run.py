@@ -3,8 +3,9 @@
 model."""
 
 import pytest
+from eval_models import smollm2_tokenizer as tokenizer
 from eval_models import tiny_checkpoint
-from longbench_data import TASKS, all_tasks, arguments, tokenizer, tokens
+from longbench_data import TASKS, all_tasks, arguments, tokens
 from test_eval_sources import folder_of, lines, row
 
 from pbs_attn import cli
